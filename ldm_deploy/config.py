@@ -1,0 +1,172 @@
+"""The configuration of a reference model and its training: frozen dataclasses, presets, TOML in, JSON out."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ldm_deploy.diffusion.schedule import Schedule
+from ldm_deploy.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    channels: tuple[int, ...] = (32, 64, 96)
+    num_res_blocks: int = 1
+    z_channels: int = 4
+
+    @property
+    def downsampling(self) -> int:
+        return int(2 ** (len(self.channels) - 1))
+
+
+@dataclass(frozen=True)
+class TextEncoderConfig:
+    vocab_size: int = 2048
+    context_length: int = 16
+    width: int = 128
+    layers: int = 3
+    head_channels: int = 32
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    channels: tuple[int, ...] = (64, 96, 128)
+    num_res_blocks: int = 1
+    attention_levels: tuple[int, ...] = (1, 2)
+    head_channels: int = 32
+    expansion: int = 2
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One training stage. Learning rate: linear warm-up, then a cosine to zero at `steps`."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    warmup_steps: int = 100
+    weight_decay: float = 0.01
+    ema_decay: float = 0.999
+    clip_norm: float = 1.0
+    checkpoint_every: int = 200  # steps
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides what a training run produces, except its data."""
+
+    name: str
+    autoencoder_training: StageConfig
+    diffusion_training: StageConfig
+    resolution: int = 64
+    seed: int = 0
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    schedule: Schedule = field(default_factory=Schedule)
+    kl_weight: float = 3e-7
+    photo_fraction: float = 0.25  # of an autoencoder batch: crops of the free photographs beside the given images
+    caption_dropout: float = 0.1  # Ho and Salimans 2022, arXiv:2207.12598
+    autocast_bf16: bool = True
+
+    @property
+    def size_multiple(self) -> int:
+        """Image heights and widths must be multiples of this (pixels)."""
+        return int(self.autoencoder.downsampling * 2 ** (len(self.unet.channels) - 1))
+
+    def __post_init__(self) -> None:
+        for section, model in (("autoencoder", self.autoencoder), ("unet", self.unet)):
+            if not model.channels or min(model.channels) < 1:
+                raise ConfigError(f"{section}.channels is {list(model.channels)}; give one width of 1 or more per level")
+        if self.resolution % self.size_multiple or self.resolution < self.size_multiple:
+            raise ConfigError(
+                f"resolution is {self.resolution}; it must be a multiple of {self.size_multiple} "
+                f"(autoencoder downsampling {self.autoencoder.downsampling} x U-Net {2 ** (len(self.unet.channels) - 1)})"
+            )
+        levels = range(len(self.unet.channels))
+        for level in self.unet.attention_levels:
+            if level not in levels:
+                raise ConfigError(f"unet.attention_levels names level {level}; the levels are {list(levels)}")
+            if self.unet.channels[level] % self.unet.head_channels:
+                raise ConfigError(
+                    f"unet.channels[{level}] is {self.unet.channels[level]}, no multiple of head_channels "
+                    f"{self.unet.head_channels}; change one of them"
+                )
+        if self.text_encoder.width % self.text_encoder.head_channels:
+            raise ConfigError(
+                f"text_encoder.width is {self.text_encoder.width}, no multiple of head_channels "
+                f"{self.text_encoder.head_channels}; change one of them"
+            )
+        for name in ("photo_fraction", "caption_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; allowed: 0 to 1")
+        for stage in ("autoencoder_training", "diffusion_training"):
+            for name in ("steps", "batch_size", "checkpoint_every"):
+                if getattr(getattr(self, stage), name) < 1:
+                    raise ConfigError(f"{stage}.{name} is {getattr(getattr(self, stage), name)}; give 1 or more")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"format": 1, **asdict(self)}
+
+
+# name       (autoencoder: steps, batch, rate)   (diffusion: steps, batch, rate)   changed models
+PRESETS: dict[str, Config] = {
+    "reference": Config("reference", StageConfig(3200, 16, 2.0e-3), StageConfig(9000, 32, 1.0e-3)),
+    "quick":     Config("quick",     StageConfig( 450, 16, 2.0e-3), StageConfig( 500, 16, 1.0e-3)),
+    "tiny":      Config("tiny",      StageConfig(   4,  2, 1.0e-3), StageConfig(   4,  2, 1.0e-3), resolution=32,
+                        autoencoder=AutoencoderConfig((8, 8, 16)), unet=UNetConfig((16, 32), head_channels=16, attention_levels=(1,)),
+                        text_encoder=TextEncoderConfig(512, 16, 32, 1, 16)),
+}  # fmt: skip
+
+
+def load_config(source: str | Path) -> Config:
+    """A preset by its name, or a TOML file. In the file `preset` names what it starts from ("reference" if absent).
+
+    Raises `ConfigError` for an unknown preset, a file that does not parse, an unknown key or a value out of range.
+    """
+    if str(source) in PRESETS:
+        return PRESETS[str(source)]
+    path = Path(source)
+    if not path.is_file():
+        raise ConfigError(f"configuration {str(source)!r} is no file and no preset; presets: {', '.join(PRESETS)}")
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"configuration {path} is no valid TOML: {error}") from None
+    preset = values.pop("preset", "reference")
+    if preset not in PRESETS:
+        raise ConfigError(f"configuration {path}: preset is {preset!r}; allowed: {', '.join(PRESETS)}")
+    return _replace(PRESETS[preset], values, f"configuration {path}")
+
+
+def _replace(config: Any, values: dict[str, Any], where: str) -> Any:
+    """A copy of a dataclass with nested values replaced; types must match what is there."""
+    known = {entry.name: getattr(config, entry.name) for entry in dataclasses.fields(config)}
+    changes: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}"
+            raise ConfigError(f"{where}: unknown key {name!r}{hint}")
+        old = known[name]
+        if dataclasses.is_dataclass(old):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{where}: {name} is {value!r}; give a table [{name}]")
+            changes[name] = _replace(old, value, f"{where}: [{name}]")
+        elif isinstance(old, tuple):
+            if not isinstance(value, list) or not all(type(item) is int for item in value):
+                raise ConfigError(f"{where}: {name} is {value!r}; give a list of integers")
+            changes[name] = tuple(value)
+        elif type(old) is float and type(value) in (int, float):
+            changes[name] = float(value)
+        elif type(value) is type(old):
+            changes[name] = value
+        else:
+            kind = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}[type(old)]
+            raise ConfigError(f"{where}: {name} is {value!r}; give {kind}, as {old!r}")
+    return dataclasses.replace(config, **changes)

@@ -1,0 +1,94 @@
+"""The noise schedule: which noise level belongs to which timestep, and which timesteps a sampler visits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from ldm_deploy.errors import ConfigError
+
+BETA_SCHEDULES = ("linear", "scaled_linear")
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+TIMESTEP_SPACINGS = ("leading", "trailing")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A variance-preserving diffusion x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise (Ho et al. 2020, arXiv:2006.11239, eq. 4).
+
+    The fields carry the names of diffusers' scheduler configuration. `alphas_cumprod` is a_t.
+    """
+
+    beta_schedule: str = "scaled_linear"
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    prediction_type: str = "v_prediction"
+    rescale_zero_terminal_snr: bool = True
+    timestep_spacing: str = "trailing"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("beta_schedule", BETA_SCHEDULES),
+            ("prediction_type", PREDICTION_TYPES),
+            ("timestep_spacing", TIMESTEP_SPACINGS),
+        ):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ConfigError(f"schedule: {name} is {value!r}; allowed: {', '.join(allowed)}")
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            raise ConfigError(
+                f"schedule: beta_start {self.beta_start} and beta_end {self.beta_end} "
+                "must satisfy 0 < beta_start <= beta_end < 1"
+            )
+        if self.num_train_timesteps < 2:
+            raise ConfigError(f"schedule: num_train_timesteps is {self.num_train_timesteps}; give 2 or more")
+        if self.rescale_zero_terminal_snr and self.prediction_type == "epsilon":
+            raise ConfigError(
+                "schedule: rescale_zero_terminal_snr needs prediction_type = 'v_prediction': "
+                "at the last timestep there is no signal for an epsilon prediction to recover"
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Schedule:
+        """Build from JSON; unknown keys are refused (`ConfigError`)."""
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ConfigError(f"schedule: unknown key {unknown[0]!r}; known keys: {', '.join(sorted(known))}")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @cached_property
+    def alphas_cumprod(self) -> np.ndarray:
+        """a_t for t = 0 … T-1: float64 (T,), strictly decreasing, in [0, 1)."""
+        if self.beta_schedule == "linear":
+            betas = np.linspace(self.beta_start, self.beta_end, self.num_train_timesteps)
+        else:
+            # "scaled linear": linear in sqrt(beta) (Rombach et al. 2022, arXiv:2112.10752, released code).
+            betas = np.linspace(self.beta_start**0.5, self.beta_end**0.5, self.num_train_timesteps) ** 2
+        alphas_cumprod = np.cumprod(1.0 - betas)
+        if not self.rescale_zero_terminal_snr:
+            return alphas_cumprod
+        # Lin et al. 2023, arXiv:2305.08891, algorithm 1: shift sqrt(a_t) so that the last is 0, scale so that the first stays.
+        root = np.sqrt(alphas_cumprod)
+        return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+
+    def timesteps(self, steps: int) -> np.ndarray:
+        """The timesteps a sampler of `steps` steps visits: int64 (steps,), descending.
+
+        "trailing" always starts at T-1, as a zero-terminal-SNR schedule needs (Lin et al. 2023, section 3.3);
+        "leading" starts at T//steps * (steps - 1) + 1 as Stable Diffusion 1.x does (steps_offset = 1).
+        """
+        total = self.num_train_timesteps
+        if not 1 <= steps <= total:
+            raise ConfigError(f"steps is {steps}; allowed: 1 to {total}, the timesteps the model was trained on")
+        if self.timestep_spacing == "trailing":
+            return np.round(np.arange(total, 0, -total / steps)).astype(np.int64)[:steps] - 1
+        return np.minimum(np.arange(steps)[::-1] * (total // steps) + 1, total - 1).astype(np.int64)

@@ -1,0 +1,99 @@
+"""The KL autoencoder: images to latents that a diffusion model can be trained on, and back.
+
+Rombach et al. 2022, arXiv:2112.10752, section 3.1 and appendix G; Kingma and Welling 2014, arXiv:1312.6114.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ldm_deploy.models.layers import Downsample, ResidualBlock, SpatialAttention, Upsample, normalization
+
+LOGVAR_RANGE = (-30.0, 20.0)
+
+
+class Middle(nn.Sequential):
+    """Residual block, self-attention, residual block at the lowest resolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(
+            ResidualBlock(channels, channels), SpatialAttention(channels), ResidualBlock(channels, channels)
+        )
+
+
+class Encoder(nn.Module):
+    """image (batch, 3, H, W) in [-1, 1] -> moments (batch, 2·z, H/f, W/f), f = 2^(levels - 1)."""
+
+    def __init__(self, channels: Sequence[int], num_res_blocks: int, z_channels: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(3, channels[0], 3, padding=1)]
+        width = channels[0]
+        for level, level_channels in enumerate(channels):
+            if level:
+                layers.append(Downsample(width))
+            for _ in range(num_res_blocks):
+                layers.append(ResidualBlock(width, level_channels))
+                width = level_channels
+        layers += [Middle(width), normalization(width), nn.SiLU()]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(width, 2 * z_channels, 3, padding=1))
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.layers(image)
+
+
+class Decoder(nn.Module):
+    """latent (batch, z, h, w) -> image (batch, 3, h·f, w·f), about [-1, 1] and not clamped.
+
+    One residual block more per level than the encoder, as in Rombach et al.'s released code.
+    """
+
+    def __init__(self, channels: Sequence[int], num_res_blocks: int, z_channels: int) -> None:
+        super().__init__()
+        width = channels[-1]
+        layers: list[nn.Module] = [nn.Conv2d(z_channels, width, 3, padding=1), Middle(width)]
+        for level, level_channels in enumerate(reversed(channels)):
+            if level:
+                layers.append(Upsample(width))
+            for _ in range(num_res_blocks + 1):
+                layers.append(ResidualBlock(width, level_channels))
+                width = level_channels
+        layers += [normalization(width), nn.SiLU()]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(width, 3, 3, padding=1))
+
+    def forward(self, latent: Tensor) -> Tensor:
+        return self.layers(latent)
+
+
+class Autoencoder(nn.Module):
+    """Encoder and decoder around a diagonal Gaussian posterior.
+
+    `channels`: one width per level, from the image's resolution down; downsampling factor f = 2^(levels - 1).
+    Heights and widths must be multiples of f; any batch, height and width will do otherwise.
+    """
+
+    def __init__(self, channels: Sequence[int], num_res_blocks: int, z_channels: int) -> None:
+        super().__init__()
+        self.encoder = Encoder(channels, num_res_blocks, z_channels)
+        self.decoder = Decoder(channels, num_res_blocks, z_channels)
+
+    def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """image (batch, 3, H, W) in [-1, 1] -> posterior mean and log-variance, each (batch, z, H/f, W/f), unscaled."""
+        mean, logvar = self.encoder(image).chunk(2, dim=1)
+        return mean, logvar.clamp(*LOGVAR_RANGE)
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """latent (batch, z, H/f, W/f), unscaled -> image (batch, 3, H, W) in [-1, 1]."""
+        return self.decoder(latent).clamp(-1, 1)
+
+    def forward(self, image: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Reconstruct through mean + exp(logvar / 2) · noise (Kingma and Welling 2014, section 2.4).
+
+        Returns the reconstruction (not clamped, so that gradients flow), the mean and the log-variance.
+        `noise` has the latent's shape; None reconstructs from the mean.
+        """
+        mean, logvar = self.encode(image)
+        latent = mean if noise is None else mean + torch.exp(0.5 * logvar) * noise
+        return self.decoder(latent), mean, logvar

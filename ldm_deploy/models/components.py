@@ -1,0 +1,51 @@
+"""The deployable components of a reference, each a module with the inputs and outputs that engines have."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from ldm_deploy.models.autoencoder import Autoencoder
+    from ldm_deploy.models.reference import Reference
+
+# component -> (input names, output names), in the order of the module's forward
+SIGNATURES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "text_encoder": (("input_ids",), ("encoder_hidden_states",)),
+    "unet": (("sample", "timestep", "encoder_hidden_states"), ("prediction",)),
+    "vae_encoder": (("image",), ("latent_mean", "latent_logvar")),
+    "vae_decoder": (("latent",), ("image",)),
+}
+
+
+class VaeEncoder(nn.Module):
+    """image float (batch, 3, H, W) in [-1, 1] -> latent_mean, latent_logvar (batch, z, H/f, W/f), unscaled."""
+
+    def __init__(self, autoencoder: Autoencoder) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        return self.autoencoder.encode(image)
+
+
+class VaeDecoder(nn.Module):
+    """latent float (batch, z, H/f, W/f), unscaled -> image (batch, 3, H, W) in [-1, 1]."""
+
+    def __init__(self, autoencoder: Autoencoder) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+
+    def forward(self, latent: Tensor) -> Tensor:
+        return self.autoencoder.decode(latent)
+
+
+def component_modules(reference: Reference) -> dict[str, nn.Module]:
+    """component name -> module in evaluation mode; see `SIGNATURES`."""
+    return {
+        "text_encoder": reference.text_encoder,
+        "unet": reference.unet,
+        "vae_encoder": VaeEncoder(reference.autoencoder).eval(),
+        "vae_decoder": VaeDecoder(reference.autoencoder).eval(),
+    }

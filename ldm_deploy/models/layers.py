@@ -1,0 +1,161 @@
+"""Building blocks shared by the autoencoder and the U-Net.
+
+Tensors are float (batch, channels, height, width) unless said otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+LayerT = TypeVar("LayerT", bound=nn.Module)
+
+
+def normalization(channels: int) -> nn.GroupNorm:
+    """GroupNorm (Wu and He 2018, arXiv:1803.08494) with 16 channels per group where they divide, else 8, 4, 2 or 1."""
+    size = next(size for size in (16, 8, 4, 2, 1) if channels % size == 0)
+    return nn.GroupNorm(channels // size, channels, eps=1e-5)
+
+
+def zero_initialized(layer: LayerT) -> LayerT:
+    """Make a residual branch start as zero, so that the block starts as the identity."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
+class ResidualBlock(nn.Module):
+    """norm - SiLU - conv, twice, plus the input (He et al. 2016, arXiv:1603.05027).
+
+    With `embedding_channels` the timestep embedding (batch, embedding_channels) is added between the two convolutions
+    (Ho et al. 2020, appendix B).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, embedding_channels: int = 0) -> None:
+        super().__init__()
+        self.norm1 = normalization(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.embedding = nn.Linear(embedding_channels, out_channels) if embedding_channels else None
+        self.norm2 = normalization(out_channels)
+        self.conv2 = zero_initialized(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
+        h = self.conv1(functional.silu(self.norm1(x)))
+        if self.embedding is not None:
+            if embedding is None:
+                raise ValueError("this block was built with a timestep embedding and needs one")
+            h = h + self.embedding(functional.silu(embedding))[:, :, None, None]
+        h = self.conv2(functional.silu(self.norm2(h)))
+        return self.shortcut(x) + h
+
+
+class Attention(nn.Module):
+    """Multi-head scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762, eq. 1).
+
+    Queries (batch, n, channels); keys and values from `context` (batch, m, context_channels), or from the queries' own
+    tensor. Returns (batch, n, channels).
+    """
+
+    def __init__(self, channels: int, head_channels: int, context_channels: int | None = None) -> None:
+        super().__init__()
+        self.head_channels = head_channels
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(context_channels or channels, channels, bias=False)
+        self.to_v = nn.Linear(context_channels or channels, channels, bias=False)
+        self.to_out = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        context = x if context is None else context
+
+        def heads(tokens: Tensor) -> Tensor:
+            return tokens.unflatten(-1, (-1, self.head_channels)).transpose(1, 2)
+
+        q, k, v = heads(self.to_q(x)), heads(self.to_k(context)), heads(self.to_v(context))
+        attended = functional.scaled_dot_product_attention(q, k, v)
+        return self.to_out(attended.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """Two linear layers around a GELU: (batch, n, channels) -> the same."""
+
+    def __init__(self, channels: int, expansion: int) -> None:
+        super().__init__()
+        self.expand = nn.Linear(channels, channels * expansion)
+        self.contract = nn.Linear(channels * expansion, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.contract(functional.gelu(self.expand(x)))
+
+
+class SpatialTransformer(nn.Module):
+    """Self-attention, cross-attention to the caption and a feed-forward layer over the pixels of a feature map.
+
+    The cross-attention block of Rombach et al. 2022 (arXiv:2112.10752, section 3.3 and appendix E.2.1).
+    `context` is (batch, sequence, context_channels).
+    """
+
+    def __init__(self, channels: int, head_channels: int, context_channels: int, expansion: int) -> None:
+        super().__init__()
+        self.norm = normalization(channels)
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(channels) for _ in range(3))
+        self.self_attention = Attention(channels, head_channels)
+        self.cross_attention = Attention(channels, head_channels, context_channels)
+        self.feed_forward = FeedForward(channels, expansion)
+        self.proj_out = zero_initialized(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        tokens = self.norm(x).flatten(2).transpose(1, 2)
+        tokens = tokens + self.self_attention(self.norm1(tokens))
+        tokens = tokens + self.cross_attention(self.norm2(tokens), context)
+        tokens = tokens + self.feed_forward(self.norm3(tokens))
+        return x + self.proj_out(tokens).transpose(1, 2).unflatten(2, (height, width))
+
+
+class SpatialAttention(nn.Module):
+    """Self-attention over the pixels of a feature map, as in the middle of the autoencoder."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = normalization(channels)
+        self.attention = Attention(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        tokens = self.attention(self.norm(x).flatten(2).transpose(1, 2))
+        return x + tokens.transpose(1, 2).unflatten(2, (height, width))
+
+
+class Downsample(nn.Module):
+    """Halve height and width with a strided convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """Double height and width: nearest neighbour, then a convolution (Odena et al. 2016, against checkerboards)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(functional.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def timestep_embedding(timestep: Tensor, channels: int) -> Tensor:
+    """Sinusoids of the timestep (Vaswani et al. 2017, section 3.5): int64 (batch) -> float32 (batch, channels), cosines first."""
+    half = channels // 2
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=timestep.device) / half)
+    angles = timestep.float()[:, None] * frequencies[None, :]
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)

@@ -1,0 +1,159 @@
+"""A reference: a trained latent diffusion model as a directory of safetensors, `model.json` and a tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm_deploy.artifact import atomic_write_bytes, atomic_write_json, content_key, file_digest
+from ldm_deploy.diffusion.schedule import Schedule
+from ldm_deploy.errors import ArtifactError, StageMissingError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ldm_deploy.config import Config
+    from ldm_deploy.models.autoencoder import Autoencoder
+    from ldm_deploy.models.text_encoder import TextEncoder
+    from ldm_deploy.models.unet import UNet
+
+FORMAT = 1
+WEIGHTS = ("autoencoder", "text_encoder", "unet")
+MODEL_FILES = ("model.json", "tokenizer.json", *(f"{name}.safetensors" for name in WEIGHTS))
+
+
+@dataclass
+class Reference:
+    """Modules in evaluation mode, fp32; `model` is the content of model.json."""
+
+    directory: Path
+    model: dict[str, Any]
+    autoencoder: Autoencoder
+    text_encoder: TextEncoder
+    unet: UNet
+
+    @property
+    def schedule(self) -> Schedule:
+        return Schedule.from_dict(self.model["schedule"])
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return self.directory / "tokenizer.json"
+
+
+def resolve_reference(source: str | Path) -> Path:
+    """The directory of a reference: "reference" is the one inside the package. Raises `ArtifactError` if there is none."""
+    if str(source) == "reference":
+        source = Path(str(resources.files("ldm_deploy") / "assets" / "reference"))
+    path = Path(source)
+    if path.is_dir() and (path / "model_index.json").is_file():
+        raise StageMissingError(f"{path} is a diffusers checkpoint: this version exports reference directories only")
+    if not (path / "model.json").is_file():
+        raise ArtifactError(
+            f"{str(source)!r} is no reference: there is no {path / 'model.json'}; "
+            "give 'reference' (the shipped one) or a directory written by `ldm-deploy train`"
+        )
+    return path
+
+
+def read_model(path: Path) -> dict[str, Any]:
+    """The content of model.json. Raises `ArtifactError` if it does not parse or has a format this version cannot read."""
+    try:
+        model = json.loads((path / "model.json").read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ArtifactError(f"{path / 'model.json'} does not parse ({error}); restore the directory") from None
+    if not isinstance(model, dict) or model.get("format") != FORMAT:
+        found = model.get("format") if isinstance(model, dict) else model
+        raise ArtifactError(
+            f"{path / 'model.json'} has format {found!r}; this version reads format {FORMAT}: upgrade ldm_deploy"
+        )
+    return model
+
+
+def reference_digest(path: Path) -> str:
+    """sha256 over the names and digests of the files the model is made of (the model card is not among them)."""
+    missing = [name for name in MODEL_FILES if not (path / name).is_file()]
+    if missing:
+        raise ArtifactError(f"reference {path} has no {missing[0]}; restore the directory")
+    return content_key({name: file_digest(path / name) for name in sorted(MODEL_FILES)})
+
+
+def build_modules(model: Mapping[str, Any]) -> dict[str, nn.Module]:
+    """Untrained modules from the architecture recorded in model.json."""
+    from ldm_deploy.models.autoencoder import Autoencoder
+    from ldm_deploy.models.text_encoder import TextEncoder
+    from ldm_deploy.models.unet import UNet
+
+    return {
+        "autoencoder": Autoencoder(**model["autoencoder"]),
+        "text_encoder": TextEncoder(**model["text_encoder"]),
+        "unet": UNet(**model["unet"]),
+    }
+
+
+def load_reference(source: str | Path) -> Reference:
+    """Load "reference" or a directory. Weights are computed in fp32 whatever they are stored as.
+
+    Raises `ArtifactError` naming the file that is missing, damaged or does not fit the architecture.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = resolve_reference(source)
+    model = read_model(path)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            modules = build_modules(model)
+    except (KeyError, TypeError) as error:
+        raise ArtifactError(f"{path / 'model.json'} does not describe a model ({error}); restore the directory") from None
+    for name, module in modules.items():
+        file = path / f"{name}.safetensors"
+        try:
+            weights = {key: value.float() for key, value in load_file(file).items()}
+            module.load_state_dict(weights)
+        except (OSError, SafetensorError) as error:
+            raise ArtifactError(f"weights {file} cannot be read ({error}); restore the directory") from None
+        except RuntimeError as error:
+            first = str(error).splitlines()[-1].strip()
+            raise ArtifactError(f"weights {file} do not fit model.json: {first}") from None
+        module.eval().requires_grad_(False)
+    return Reference(path, model, **modules)  # type: ignore[arg-type]
+
+
+def save_reference(
+    path: Path, config: Config, scale_factor: float, vocab_size: int, weights: Mapping[str, Mapping[str, Tensor]]
+) -> None:
+    """Write model.json and the weights, rounded to fp16, into the existing directory `path`.
+
+    The rounded model, computed in fp32, is the reference. The tokenizer is written by the caller.
+    """
+    import torch
+    from safetensors.torch import save
+
+    autoencoder, unet, text = config.autoencoder, config.unet, config.text_encoder
+    for name in WEIGHTS:
+        halves = {key: value.detach().to(torch.float16).contiguous() for key, value in weights[name].items()}
+        atomic_write_bytes(path / f"{name}.safetensors", save(halves))
+    model = {
+        "format": FORMAT,
+        "kind": "latent-diffusion",
+        "name": config.name,
+        "license": "Apache-2.0",
+        "downsampling": autoencoder.downsampling,
+        "latent_channels": autoencoder.z_channels,
+        "scale_factor": scale_factor,
+        "default_size": [config.resolution, config.resolution],
+        "size_multiple": config.size_multiple,
+        "context_length": text.context_length,
+        "autoencoder": asdict(autoencoder),
+        "text_encoder": {**asdict(text), "vocab_size": vocab_size},
+        "unet": {**asdict(unet), "in_channels": autoencoder.z_channels, "context_channels": text.width},
+        "schedule": config.schedule.to_dict(),
+        "sampling": {"sampler": "ddim", "steps": 50, "guidance_scale": 5.0},
+    }
+    atomic_write_json(path / "model.json", model)

@@ -1,0 +1,62 @@
+"""Engines that run a reference's own torch modules: the fp32 baseline, behind the interface every engine has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ldm_deploy.errors import EngineError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ldm_deploy.models.reference import Reference
+    from ldm_deploy.runtime.pipeline import Pipeline
+
+
+class TorchEngine:
+    """One component in eager fp32. `run` takes and returns numpy arrays by the component's names."""
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        from ldm_deploy.models.components import SIGNATURES
+
+        self.name = name
+        self.module = module
+        self.input_names, self.output_names = SIGNATURES[name]
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Raises `EngineError` if an input is missing."""
+        import torch
+
+        missing = [name for name in self.input_names if name not in feeds]
+        if missing:
+            raise EngineError(f"{self.name} needs the input {missing[0]!r}; given: {', '.join(feeds)}")
+        with torch.inference_mode():
+            outputs = self.module(*(torch.from_numpy(np.ascontiguousarray(feeds[name])) for name in self.input_names))
+        if not isinstance(outputs, tuple):
+            outputs = (outputs,)
+        return {name: output.numpy() for name, output in zip(self.output_names, outputs, strict=True)}
+
+
+def torch_engines(reference: Reference, threads: int | None = None) -> dict[str, TorchEngine]:
+    """The four components of a reference as engines. `threads` sets torch's thread count for the whole process."""
+    import torch
+
+    from ldm_deploy.models.components import component_modules
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return {name: TorchEngine(name, module) for name, module in component_modules(reference).items()}
+
+
+def torch_pipeline(reference: Reference, threads: int | None = None) -> Pipeline:
+    """The baseline: the runtime's own host-side pipeline with torch engines in it."""
+    from ldm_deploy.runtime.pipeline import Pipeline
+    from ldm_deploy.runtime.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(reference.directory / "tokenizer.json", reference.model["context_length"])
+    return Pipeline(
+        torch_engines(reference, threads), tokenizer, reference.model, reference.schedule, reference.model["sampling"]
+    )

@@ -1,0 +1,115 @@
+"""The denoiser: a U-Net over latents, told the timestep and the caption.
+
+Ronneberger et al. 2015, arXiv:1505.04597; Ho et al. 2020, arXiv:2006.11239, appendix B; cross-attention as in Rombach et
+al. 2022, arXiv:2112.10752, section 3.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ldm_deploy.models.layers import (
+    Downsample,
+    ResidualBlock,
+    SpatialTransformer,
+    Upsample,
+    normalization,
+    timestep_embedding,
+    zero_initialized,
+)
+
+
+class Stage(nn.Module):
+    """A residual block and, where the level has attention, a spatial transformer."""
+
+    def __init__(self, block: ResidualBlock, transformer: SpatialTransformer | None) -> None:
+        super().__init__()
+        self.block = block
+        self.transformer = transformer
+
+    def forward(self, x: Tensor, embedding: Tensor, context: Tensor) -> Tensor:
+        x = self.block(x, embedding)
+        return x if self.transformer is None else self.transformer(x, context)
+
+
+class UNet(nn.Module):
+    """sample (batch, in_channels, h, w), timestep int64 (batch), encoder_hidden_states (batch, sequence, context_channels)
+    -> prediction (batch, in_channels, h, w).
+
+    `channels`: one width per level. `attention_levels`: the levels with a transformer, 0 is the highest resolution.
+    h and w must be multiples of 2^(levels - 1).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: Sequence[int],
+        num_res_blocks: int,
+        attention_levels: Sequence[int],
+        head_channels: int,
+        context_channels: int,
+        expansion: int,
+    ) -> None:
+        super().__init__()
+        embedding_channels = 4 * channels[0]
+        self.timestep_channels = channels[0]
+        self.time_embedding = nn.Sequential(
+            nn.Linear(channels[0], embedding_channels), nn.SiLU(), nn.Linear(embedding_channels, embedding_channels)
+        )
+
+        def stage(level: int, inputs: int, outputs: int) -> Stage:
+            transformer = (
+                SpatialTransformer(outputs, head_channels, context_channels, expansion)
+                if level in attention_levels
+                else None
+            )
+            return Stage(ResidualBlock(inputs, outputs, embedding_channels), transformer)
+
+        self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
+        self.down = nn.ModuleList()
+        width, skips = channels[0], [channels[0]]
+        for level, level_channels in enumerate(channels):
+            if level:
+                self.down.append(Downsample(width))
+                skips.append(width)
+            for _ in range(num_res_blocks):
+                self.down.append(stage(level, width, level_channels))
+                width = level_channels
+                skips.append(width)
+
+        self.middle = nn.ModuleList(
+            [
+                stage(len(channels) - 1, width, width),
+                Stage(ResidualBlock(width, width, embedding_channels), None),
+            ]
+        )
+
+        self.up = nn.ModuleList()
+        for level in reversed(range(len(channels))):
+            for _ in range(num_res_blocks + 1):
+                self.up.append(stage(level, width + skips.pop(), channels[level]))
+                width = channels[level]
+            if level:
+                self.up.append(Upsample(width))
+        self.out = nn.Sequential(
+            normalization(width), nn.SiLU(), zero_initialized(nn.Conv2d(width, in_channels, 3, padding=1))
+        )
+
+    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        embedding = self.time_embedding(timestep_embedding(timestep, self.timestep_channels).to(sample.dtype))
+        x = self.conv_in(sample)
+        skips = [x]
+        for layer in self.down:
+            x = layer(x, embedding, encoder_hidden_states) if isinstance(layer, Stage) else layer(x)
+            skips.append(x)
+        for layer in self.middle:
+            x = layer(x, embedding, encoder_hidden_states)
+        for layer in self.up:
+            if isinstance(layer, Stage):
+                x = layer(torch.cat([x, skips.pop()], dim=1), embedding, encoder_hidden_states)
+            else:
+                x = layer(x)
+        return self.out(x)

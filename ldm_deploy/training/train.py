@@ -1,0 +1,129 @@
+"""Both training stages, from a configuration and a data set to a reference directory."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ldm_deploy.artifact import content_key, staged_directory, write_manifest
+from ldm_deploy.config import Config, load_config
+from ldm_deploy.errors import DataError, TrainingError
+from ldm_deploy.training.data import ImageSet, load_images
+from ldm_deploy.training.model_card import model_card
+
+# reference directory, data source -> figures for the model card
+Score = Callable[[Path, str | Path], Mapping[str, Any]]
+
+
+def train(
+    config: str | Path | Config,
+    data: str | Path,
+    out: Path,
+    *,
+    resume: bool = False,
+    threads: int | None = None,
+    seed: int | None = None,
+    score: Score | None = None,
+) -> dict[str, Any]:
+    """Train a reference and write it to `out`; checkpoints and logs lie beside it in `<out>.training/`.
+
+    Skin-tone variants and held-out images are not trained on. Raises `TrainingError` if `out` exists.
+    """
+    import torch
+
+    from ldm_deploy.models.reference import save_reference
+    from ldm_deploy.training.autoencoder import train_autoencoder
+    from ldm_deploy.training.diffusion import train_denoiser
+    from ldm_deploy.training.tokenizer import train_tokenizer
+
+    resolved = config if isinstance(config, Config) else load_config(config)
+    if seed is not None:
+        resolved = Config(**{**vars(resolved), "seed": seed})
+    if out.exists():
+        raise TrainingError(f"{out} exists; remove it or give another --out")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    images = load_images(data, resolved.resolution)
+    chosen = images.select(~images.held_out & ~images.skin_tone)
+    smallest = max(resolved.autoencoder_training.batch_size, resolved.diffusion_training.batch_size)
+    if len(chosen.texts) < smallest:
+        raise DataError(
+            f"data {str(data)!r} has {len(chosen.texts)} images to train on, fewer than one batch ({smallest}); "
+            "add images or lower batch_size"
+        )
+    directory = out.with_name(out.name + ".training")
+    autoencoder = train_autoencoder(
+        resolved, chosen, directory, _autoencoder_key(resolved, chosen), resume=resume
+    )
+    # Stage two sees the autoencoder that ships: rounded to fp16.
+    for parameter in autoencoder.parameters():
+        parameter.data = parameter.data.half().float()
+
+    length = resolved.text_encoder.context_length
+    tokenizer = train_tokenizer(chosen.texts, resolved.text_encoder.vocab_size, length)
+    tokenizer.enable_truncation(length)
+    input_ids = np.array([encoding.ids for encoding in tokenizer.encode_batch(chosen.texts)], dtype=np.int64)
+    denoiser, scale_factor = train_denoiser(
+        resolved, autoencoder, chosen.images, input_ids, tokenizer.encode("").ids, tokenizer.get_vocab_size(),
+        directory, content_key({"config": resolved.to_dict(), "data": images.digest}), resume=resume,
+    )  # fmt: skip
+    tokenizer.no_truncation()
+
+    weights = {
+        "autoencoder": autoencoder.state_dict(),
+        "text_encoder": denoiser.text_encoder.state_dict(),
+        "unet": denoiser.unet.state_dict(),
+    }
+    record: dict[str, Any] = {
+        "command": _command(config, data, out),
+        "data": {"digest": images.digest, "images_trained_on": len(chosen.texts), "held_out": int(images.held_out.sum())},
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "stages": {stage: _summary(directory / f"{stage}.jsonl") for stage in ("autoencoder", "diffusion")},
+        "config": resolved.to_dict(),
+    }
+    with staged_directory(out) as staging:
+        save_reference(staging, resolved, scale_factor, tokenizer.get_vocab_size(), weights)
+        tokenizer.save(str(staging / "tokenizer.json"))
+        if score is not None:
+            record["figures"] = dict(score(staging, data))
+        (staging / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        (staging / "README.md").write_text(model_card(record), encoding="utf-8")
+        write_manifest(staging, "reference", content_key(record), {"data": images.digest})
+    return record
+
+
+def _autoencoder_key(config: Config, data: ImageSet) -> str:
+    names = ("resolution", "seed", "kl_weight", "photo_fraction", "autocast_bf16")
+    return content_key(
+        {
+            "data": data.digest,
+            "model": asdict(config.autoencoder),
+            "training": asdict(config.autoencoder_training),
+            **{name: getattr(config, name) for name in names},
+        }
+    )
+
+
+def _command(config: str | Path | Config, data: str | Path, out: Path) -> str:
+    name = config.name if isinstance(config, Config) else str(config)
+    shown = data if str(data) == "photos" else Path(data).name
+    return shlex.join(["ldm-deploy", "train", name, "--data", str(shown), "--out", out.name])
+
+
+def _summary(log: Path) -> dict[str, Any]:
+    """Steps, time and last losses of a stage, from its log; the time of a resumed run is summed over its sittings."""
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    seconds = sum(
+        line["seconds"]
+        for line, following in zip(lines, [*lines[1:], None], strict=True)
+        if following is None or following["seconds"] < line["seconds"]
+    )
+    tail = [line["loss"] for line in lines[-10:]]
+    return {"steps": lines[-1]["step"] + 1, "minutes": round(seconds / 60, 1), "final_loss": float(np.mean(tail))}

@@ -1,0 +1,41 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Ran(NamedTuple):
+    """What one `ldm-deploy` call left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository."""
+    return ROOT
+
+
+@pytest.fixture
+def ldm_deploy_cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+    """Call `ldm-deploy` in this process: `ldm_deploy_cli("verify", path)` -> exit code, stdout, stderr."""
+    from ldm_deploy.cli import main
+
+    def run(*arguments: object) -> Ran:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main([str(argument) for argument in arguments])
+        code = stop.value.code
+        captured = capsys.readouterr()
+        return Ran(code if isinstance(code, int) else 1, captured.out, captured.err)
+
+    return run

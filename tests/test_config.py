@@ -1,0 +1,59 @@
+"""Configurations: presets, TOML, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from ldm_deploy.config import PRESETS, load_config
+from ldm_deploy.errors import ConfigError
+
+
+def test_presets_and_derived_sizes():
+    reference = load_config("reference")
+    assert reference is PRESETS["reference"]
+    assert reference.size_multiple == 16
+    assert reference.autoencoder.downsampling == 4
+    assert reference.to_dict()["format"] == 1
+
+
+def test_toml_changes_what_it_names_and_nothing_else(tmp_path):
+    file = tmp_path / "c.toml"
+    file.write_text('preset = "tiny"\nkl_weight = 1\n[unet]\nchannels = [16, 48]\n[autoencoder_training]\nsteps = 7\n')
+    config = load_config(file)
+    assert config.unet.channels == (16, 48)
+    assert config.autoencoder_training.steps == 7
+    assert config.kl_weight == 1.0
+    assert config.unet.head_channels == PRESETS["tiny"].unet.head_channels
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("resolutoin = 64", "unknown key 'resolutoin'; did you mean 'resolution'"),
+        ("[unet]\nchanels = [1]", r"\[unet\]: unknown key 'chanels'; did you mean 'channels'"),
+        ("resolution = '64'", "resolution is '64'; give an integer"),
+        ("resolution = 40", "resolution is 40; it must be a multiple of 16"),
+        ("unet = 3", r"unet is 3; give a table \[unet\]"),
+        ("[unet]\nchannels = 64", "channels is 64; give a list of integers"),
+        ("[unet]\nhead_channels = 36", "no multiple of head_channels 36"),
+        ("[unet]\nattention_levels = [3]", "attention_levels names level 3"),
+        ("[text_encoder]\nwidth = 100", r"text_encoder\.width is 100"),
+        ("caption_dropout = 1.5", "caption_dropout is 1.5; allowed: 0 to 1"),
+        ("[diffusion_training]\nsteps = 0", r"diffusion_training\.steps is 0"),
+        ("[schedule]\nbeta_schedule = 'cosy'", "beta_schedule is 'cosy'; allowed: linear, scaled_linear"),
+        ("[schedule]\nprediction_type = 'epsilon'", "needs prediction_type = 'v_prediction'"),
+        ("preset = 'huge'", "preset is 'huge'; allowed: reference, quick, tiny"),
+        ("a = [", "is no valid TOML"),
+    ],
+)
+def test_bad_configurations_are_refused_in_one_line(tmp_path, text, message):
+    file = tmp_path / "c.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(file)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file_names_the_presets():
+    with pytest.raises(ConfigError, match="no file and no preset; presets: reference, quick, tiny"):
+        load_config("none.toml")
