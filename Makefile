@@ -1,0 +1,64 @@
+# `make help` prints every target with one line. `export` and `test` need nothing but Python 3.11 or later.
+SHELL  := /bin/bash
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+OUT    ?= build/reference
+TARGET ?= onnxruntime-cpu
+CONFIG ?= reference
+DATA   ?= $(or $(LDM_DEPLOY_DATA),photos)
+
+INSTALLED := $(VENV)/.installed
+BACKBONE  := $(VENV)/.backbone-tried
+
+.DEFAULT_GOAL := help
+.PHONY: help setup export test test-all lint train distill bench gpu-report clean
+.DELETE_ON_ERROR:
+
+help: ## print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than Python 3.11; name a newer one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV); the first time this takes a few minutes (about 6 GB, most of it torch)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[all-cpu,dev]"
+	@touch $@
+
+$(BACKBONE): $(INSTALLED)
+	@$(BIN)/python -m ldm_deploy.eval.fetch_backbone
+	@touch $@
+
+setup: $(INSTALLED) ## make the virtual environment, try once to fetch the LPIPS backbone (5 MB)
+	@$(BIN)/python -m ldm_deploy.eval.fetch_backbone
+	@touch $(BACKBONE)
+
+export: $(BACKBONE) ## shipped reference -> ONNX -> INT8 -> evaluated bundle in build/reference, with a report
+	@$(BIN)/ldm-deploy optimize reference --target $(TARGET) --out $(OUT)
+
+test: $(INSTALLED) ## run the tests (what .ci/run calls)
+	@$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: $(INSTALLED) ## run the tests, the slow ones too
+	@$(BIN)/python -m pytest
+
+lint: $(INSTALLED) ## ruff and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+train: $(INSTALLED) ## train a reference: make train DATA=emoji.zip CONFIG=reference (resumes)
+	@$(BIN)/ldm-deploy train $(CONFIG) --data "$(DATA)" --out build/trained --resume
+
+distill: ## fewer steps, a smaller decoder: not built yet
+	@echo "error: distillation is not built yet; there is: make export (INT8 for ONNX Runtime on the CPU)" >&2; exit 1
+
+bench: $(INSTALLED) ## latency of the bundle that make export wrote, by component and end to end
+	@$(BIN)/ldm-deploy bench $(OUT)
+
+gpu-report: ## the same report from a GPU: not built yet
+	@echo "error: the GPU targets are not built yet; there is: make export (ONNX Runtime on the CPU)" >&2; exit 1
+
+clean: ## remove build outputs and caches; the virtual environment stays
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,119 @@
+"""Which variant is chosen, and why not the others: gates first, then do no harm, then speed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ldm_deploy.eval.budget import Budget, Gate, Measured, check_limits
+
+Row = dict[str, Any]
+
+
+def judge_variant(row: Row, baseline: Row, budget: Budget) -> None:
+    """Fill in `gates`, and `refused` where a quantized variant is not faster than its fp32 sibling."""
+    if row["latency_ms"] is None and row["refused"] is not None:
+        return  # never drawn with; an earlier stage says why
+    gates = check_limits(budget.limits_for(row["name"]), figures(row, baseline))
+    row["gates"] = [gate.to_dict() for gate in gates]
+    if row["refused"] is None:
+        row["refused"] = harm(row)
+
+
+def figures(row: Row, baseline: Row) -> dict[str, Measured]:
+    """What each limit of a budget is compared with."""
+    quality, found = row["quality"] or {}, {}
+    for limit, name in (("psnr_db_min", "psnr_db"), ("ssim_min", "ssim"), ("lpips_max", "lpips")):
+        entry = quality.get(name) or {"mean": None, "ci95": None, "reason": "no images were compared"}
+        found[limit] = _spread(entry["mean"], entry["ci95"], entry["reason"])
+    speed = row["speedup"]
+    if speed is None:
+        whose = row if row["latency_ms"] is None else baseline
+        found["speedup_min"] = Measured(None, reason=f"{whose['name']} was not timed: {whose['reason']}")
+    else:
+        low, high = speed["ci95_low"], speed["ci95_high"]
+        found["speedup_min"] = _spread(speed["median"], None if low is None else (low, high), None)
+    for limit, name in (("peak_memory_max", "peak_memory_bytes"), ("size_max", "size_bytes")):
+        reason = None if row[name] is not None else f"{row['name']} was not loaded: {row['reason']}"
+        found[limit] = Measured(row[name], reason=reason, baseline=baseline[name])
+    return found
+
+
+def _spread(value: float | None, interval: Sequence[float] | None, reason: str | None) -> Measured:
+    if value is not None and interval is None:
+        return Measured(value, reason="a single sample has no interval; draw two images or more")
+    return Measured(value, (interval[0], interval[1]) if interval else None, reason)
+
+
+def harm(row: Row) -> str | None:
+    """Why a quantized variant is not worth its loss of quality; None if it is faster than its fp32 sibling."""
+    for other in row["comparisons"]:
+        if other["ci95_low"] is None:
+            return f"do no harm: one sample does not show that it is faster than {other['versus']}"
+        if other["ci95_high"] <= 1:
+            return f"do no harm: it is not faster than {other['versus']}, {times(other)}"
+        if other["ci95_low"] <= 1:
+            return f"do no harm: it is not shown to be faster than {other['versus']}, {times(other)}"
+    return None
+
+
+def times(ratio: Mapping[str, Any]) -> str:
+    """`1.34 times its speed (95 % interval 1.29 to 1.38)`."""
+    text = f"{ratio['median']:.2f} times its speed"
+    if ratio["ci95_low"] is None:
+        return text
+    return f"{text} (95 % interval {ratio['ci95_low']:.2f} to {ratio['ci95_high']:.2f})"
+
+
+def obstacle(row: Row) -> str | None:
+    """The first reason not to choose a variant, in one clause; None if it may be chosen."""
+    if row["refused"] is not None:
+        return str(row["refused"])
+    if row["status"] != "ok":
+        return str(row["reason"])
+    for gate in row["gates"]:
+        if gate["result"] == "fail":
+            return f"{gate['name']} failed: {gate['reason']}"
+    for gate in row["gates"]:
+        if gate["required"] and gate["result"] != "pass":
+            return f"{gate['name']} is required and was not measured: {gate['reason']}"
+    return None
+
+
+def choose(rows: Sequence[Row], baseline: Row) -> tuple[str | None, str]:
+    """(name of the fastest variant that keeps its budget, or None; why, in one paragraph)."""
+    against = {row["name"]: obstacle(row) for row in rows}
+    fit = [row for row in rows if against[row["name"]] is None]
+    others = "".join(
+        f" Not chosen: {name}, because {reason}." for name, reason in against.items() if reason is not None
+    )
+    if not fit:
+        what = "No variant keeps its budget." if rows else "The bundle has no variants."
+        return None, what + others
+    best = max(fit, key=_speed)
+    slower = [row["name"] for row in fit if row is not best]
+    text = f"{best['name']} keeps every required limit"
+    text += (
+        f" and is faster than {', '.join(slower)}, which would too"
+        if slower
+        else ", and no other variant does"
+        if others
+        else ""
+    )
+    compared = [entry for entry in (best["speedup"], *best["comparisons"]) if entry is not None]
+    for entry in compared:
+        text += f"; against {entry['versus']} it has {times(entry)}"
+    return best["name"], f"{text}.{others}"
+
+
+def _speed(row: Row) -> float:
+    """Larger is faster: the ratio to the baseline, or, without one, the inverse of the latency of the same rounds."""
+    return float(row["speedup"]["median"] if row["speedup"] else 1 / row["latency_ms"]["median"])
+
+
+def open_gates(row: Row) -> list[Row]:
+    """The gates of a row that did not pass."""
+    return [gate for gate in row["gates"] if gate["result"] != "pass"]
+
+
+__all__ = ["Gate", "choose", "figures", "harm", "judge_variant", "obstacle", "open_gates", "times"]

@@ -1,0 +1,152 @@
+"""Every variant of a bundle against the fp32 torch reference: same prompts, same seeds, in interleaved rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ldm_deploy.errors import ArtifactError
+from ldm_deploy.eval.budget import Budget, load_budget
+from ldm_deploy.eval.choose import choose, judge_variant
+from ldm_deploy.eval.grid import Grid, load_grid
+from ldm_deploy.eval.lpips_distance import Lpips
+from ldm_deploy.eval.machine import machine, usable_threads
+from ldm_deploy.eval.measure import BASELINE, Measured, component_plan, measure
+from ldm_deploy.eval.rows import add_comparisons, add_quality, add_refused, baseline_row, variant_row
+
+PROTOCOL = {
+    "batch": 1,
+    "latency": "one worker process per variant, one active at a time, spinning off; after warm-up every image of the "
+    "grid is one sample, drawn by all in random order",
+    "peak_memory": "largest resident set of the worker's own process after loading and drawing",
+}
+
+Record = dict[str, Any]
+
+
+class Evaluation(dict[str, Any]):
+    """The content of report.json. The images stay beside it for report.html: `images[name]` uint8 (n, H, W, 3)."""
+
+    def __init__(self, content: Mapping[str, Any], images: Mapping[str, np.ndarray], grid: Grid) -> None:
+        super().__init__(content)
+        self.images = dict(images)
+        self.grid = grid
+
+
+def evaluate_bundle(
+    bundle: Path,
+    *,
+    reference: Path | None = None,
+    budget: Budget | None = None,
+    threads: int | None = None,
+    seed: int = 0,
+    prompts: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+    steps: int | None = None,
+    timeout_s: float = 600.0,
+) -> Evaluation:
+    """Measure and judge every variant of a bundle directory; returns the content of report.json.
+
+    `reference`: the directory of the fp32 model (the shipped one if it is the bundle's parent and none is given).
+    `seed` decides the order of the rounds and the bootstrap, not the images. `steps` overrides what the variants ask.
+    What fails is a row with its reason. Raises `BundleError` for a bundle and `ArtifactError` for a given reference
+    that cannot be read.
+    """
+    from ldm_deploy.runtime.bundle import read_bundle
+
+    started = datetime.now(UTC)
+    data = read_bundle(bundle).data
+    grid = load_grid(prompts, seeds)
+    threads = threads or usable_threads()
+    before = machine(threads)
+    source, no_baseline = find_reference(data.get("parents", {}).get("reference"), reference)
+    specs: dict[str, Record] = {}
+    if source is not None:
+        specs[BASELINE] = {"kind": "reference", "path": str(source)}
+    for variant in data["variants"]:
+        specs[variant["name"]] = {"kind": "variant", "bundle": str(bundle), "variant": variant["name"]}
+    plan = component_plan(data, bundle)
+    found = measure(specs, grid, plan, threads=threads, seed=seed, steps=steps, timeout_s=timeout_s)
+    judged = judge(
+        data, bundle, found, grid, budget or load_budget(None), baseline_row(source, no_baseline, found), seed
+    )
+    sampling = sampling_of(data, source)
+    content = {
+        "format": 1,
+        "created": started.isoformat(timespec="seconds"),
+        "duration_s": round((datetime.now(UTC) - started).total_seconds(), 1),
+        "source": {"name": data.get("name"), "digest": data.get("parents", {}).get("reference")},
+        "protocol": {
+            "prompts_sha256": grid.prompts_sha256,
+            "prompts": list(grid.prompts),
+            "seeds": list(grid.seeds),
+            **sampling,
+            "steps": steps or sampling["steps"],
+            "size": list(data["model"]["default_size"]),
+            "threads": threads,
+            "order_seed": seed,
+            **PROTOCOL,
+        },
+        "machine": {**before, "load_average_after": machine(threads)["load_average"]},
+        "default_variant": data.get("default_variant"),
+        **judged,
+    }
+    return Evaluation(content, found.images, grid)
+
+
+def judge(
+    data: Mapping[str, Any], root: Path, found: Measured, grid: Grid, budget: Budget, baseline: Record, seed: int = 0
+) -> Record:
+    """From measurements to report.json's `baseline`, `variants`, `chosen` and `why`. `data`: bundle.json in `root`."""
+    rows = [variant_row(data, root, variant, found, seed) for variant in data["variants"]]
+    lpips: dict[str, Lpips] = {}
+    for row in rows:
+        backbone = budget.limits_for(row["name"]).lpips_backbone
+        if backbone not in lpips:
+            lpips[backbone] = Lpips(backbone)
+        add_quality(row, found, grid, lpips[backbone], baseline, seed)
+        add_comparisons(row, rows, found, seed)
+    rows = add_refused(rows, data.get("refused", []))
+    for row in rows:
+        judge_variant(row, baseline, budget)
+    chosen, why = choose(rows, baseline)
+    return {
+        "budget": {"path": budget.path, "digest": budget.digest},
+        "baseline": baseline,
+        "variants": rows,
+        "chosen": chosen,
+        "why": why,
+    }
+
+
+def find_reference(wanted: str | None, given: Path | None) -> tuple[Path | None, str | None]:
+    """(directory of the fp32 model with the digest `wanted`, None), or (None, why there is no baseline)."""
+    from ldm_deploy.models.reference import reference_digest, resolve_reference
+
+    try:
+        path = resolve_reference("reference" if given is None else given)
+        digest = reference_digest(path)
+    except ArtifactError as error:
+        if given is not None:
+            raise
+        return None, f"the reference {wanted} is not here ({error}); give its directory with --reference"
+    if wanted is not None and digest != wanted:
+        whose = "the shipped reference" if given is None else f"the reference {path}"
+        return None, f"the bundle was made from {wanted}, {whose} is {digest}; give the right one with --reference"
+    return path, None
+
+
+def sampling_of(data: Mapping[str, Any], source: Path | None) -> Record:
+    """sampler, steps and guidance_scale of the baseline; without one, of the bundle's default variant."""
+    keys = ("sampler", "steps", "guidance_scale")
+    if source is not None:
+        from ldm_deploy.models.reference import read_model
+
+        return {key: read_model(source)["sampling"].get(key) for key in keys}
+    variants: dict[str, Record] = {variant["name"]: variant for variant in data["variants"]}
+    default = variants.get(data.get("default_variant") or "") or next(iter(variants.values()), {})
+    return {key: default.get(key) for key in keys}

@@ -1,0 +1,297 @@
+"""Latency that can be compared: one worker process per engine, one active at a time, rounds interleaved at random.
+
+What slows the machine down (another tenant, heat, a changed clock) then falls on all alike, and the ratio of paired
+samples is steady where the milliseconds are not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from ldm_deploy.errors import EvaluationError
+from ldm_deploy.eval.machine import machine, usable_threads
+from ldm_deploy.eval.metrics import ratio_ci
+
+__all__ = ["Worker", "WorkerError", "compare_engines", "interleaved", "machine", "summary", "warm_up"]
+
+T = TypeVar("T")
+
+
+class WorkerError(EvaluationError):
+    """A worker that died, did not answer in time, or could not do what it was asked."""
+
+
+class Worker:
+    """A process that holds one variant, reference or engine. Use as a context manager; entering loads it.
+
+    `spec`: {"kind": "variant", "bundle", "variant"}, {"kind": "reference", "path"},
+    {"kind": "engine", "runtime": "onnxruntime", "path"} or {"kind": "factory", "file", "function"}.
+    No call waits longer than `timeout_s`: `WorkerError` says what happened, and the process is ended.
+    """
+
+    def __init__(
+        self, name: str, spec: Mapping[str, Any], *, threads: int | None = None, timeout_s: float = 600.0
+    ) -> None:
+        self.name = name
+        self.spec = dict(spec)
+        self.threads = threads or usable_threads()
+        self.timeout_s = timeout_s
+        self.load_ms: float | None = None
+        self._process: subprocess.Popen[str] | None = None
+        self._answers: queue.Queue[str | None] = queue.Queue()
+        self._folder: Path | None = None
+
+    def __enter__(self) -> Worker:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    @property
+    def alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def start(self) -> None:
+        """Start the process and load the subject."""
+        self._folder = Path(tempfile.mkdtemp(prefix="ldm-deploy-worker-"))
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads), "PYTHONUNBUFFERED": "1"}
+        with (self._folder / "stderr.txt").open("w") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "ldm_deploy.eval.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                encoding="utf-8",
+                env=environment,
+                start_new_session=True,  # Ctrl-C is for the parent, which then ends its workers
+            )
+        threading.Thread(target=self._listen, args=(self._process.stdout,), daemon=True).start()
+        try:
+            self.load_ms = self._ask({"op": "load", "spec": self.spec, "threads": self.threads})["load_ms"]
+        except BaseException:
+            self.stop()
+            raise
+
+    def image(self, prompt: str, seed: int, **options: Any) -> tuple[float, np.ndarray]:
+        """Draw one image: (milliseconds, uint8 (H, W, 3)). `options`: the pipeline's keyword arguments."""
+        assert self._folder is not None
+        out = self._folder / "image.npy"
+        answer = self._ask({"op": "image", "prompt": prompt, "seed": seed, **options, "out": str(out)})
+        return answer["latency_ms"], np.load(out, allow_pickle=False)
+
+    def put(self, feeds: Mapping[str, np.ndarray]) -> str:
+        """Store feeds for `run`; returns their key."""
+        assert self._folder is not None
+        path = self._folder / f"feeds{len(list(self._folder.glob('feeds*.npz')))}.npz"
+        arrays: dict[str, Any] = dict(feeds)
+        np.savez(path, allow_pickle=False, **arrays)
+        return str(path)
+
+    def run(self, feeds: str, *, component: str | None = None, repeats: int = 1) -> list[float]:
+        """Run one engine `repeats` times on feeds from `put`: milliseconds of each call."""
+        answer = self._ask({"op": "run", "feeds": feeds, "component": component, "repeats": repeats})
+        times: list[float] = answer["latency_ms"]
+        return times
+
+    def peak_memory_bytes(self) -> int:
+        """The largest resident set of the worker's process so far."""
+        return int(self._ask({"op": "memory"})["peak_memory_bytes"])
+
+    def stop(self) -> None:
+        """End the process, whatever state it is in. May be called again."""
+        process, self._process = self._process, None
+        if process is not None:
+            with contextlib.suppress(OSError):
+                assert process.stdin is not None
+                process.stdin.close()  # an idle worker sees the end of its input and goes
+            try:
+                process.wait(timeout=0.5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+    def _listen(self, stream: Any) -> None:
+        with stream:
+            for line in stream:
+                self._answers.put(line)
+        self._answers.put(None)
+
+    def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        if self._process is None or self._process.stdin is None:
+            raise WorkerError(f"{self.name}: its worker is not running")
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            line = self._answers.get(timeout=self.timeout_s)
+        except queue.Empty:
+            self.stop()
+            raise WorkerError(
+                f"{self.name}: no answer to {request['op']!r} within {self.timeout_s:g} s; its worker was ended"
+            ) from None
+        except OSError:
+            line = None
+        if line is None:
+            raise WorkerError(self._last_words())
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise WorkerError(f"{self.name}: {answer['error']}")
+        return answer
+
+    def _last_words(self) -> str:
+        assert self._process is not None
+        assert self._folder is not None
+        code = self._process.wait()
+        lines = (self._folder / "stderr.txt").read_text(encoding="utf-8", errors="replace").split("\n")
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "it left no message")
+        how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+        hint = " (out of memory?)" if code == -signal.SIGKILL else ""
+        self.stop()
+        return f"{self.name}: its worker died {how}{hint}: {last}"
+
+
+class Stoppable(Protocol):
+    """What can take turns: a worker, or one engine inside a worker."""
+
+    @property
+    def name(self) -> str: ...
+
+    def stop(self) -> None: ...
+
+
+Turn = TypeVar("Turn", bound=Stoppable)
+
+
+def start_all(workers: Sequence[Worker], after: Callable[[], object] | None = None) -> dict[str, str]:
+    """Start workers one after another; returns name -> reason of those that could not be loaded."""
+    failed: dict[str, str] = {}
+    for worker in workers:
+        try:
+            worker.start()
+        except WorkerError as error:
+            failed[worker.name] = str(error)
+        if after is not None:
+            after()
+    return failed
+
+
+def interleaved(
+    workers: Sequence[Turn],
+    call: Callable[[Turn, int], T],
+    rounds: int,
+    *,
+    seed: int = 0,
+    time_limit_s: float | None = None,
+    after: Callable[[], object] | None = None,
+) -> tuple[dict[str, list[T]], dict[str, str]]:
+    """In every round `call(worker, round)` once per worker, in random order, one at a time.
+
+    Returns (name -> one result per round, name -> reason of those that failed). A worker that fails is ended and takes
+    no part in later rounds; its results are dropped, the others' stay paired. After `time_limit_s` no new round begins.
+    `after` is called after every call.
+    """
+    rng = np.random.default_rng(seed)
+    results: dict[str, list[T]] = {worker.name: [] for worker in workers}
+    failed: dict[str, str] = {}
+    start = time.monotonic()
+    for index in range(rounds):
+        if index > 0 and time_limit_s is not None and time.monotonic() - start > time_limit_s:
+            break
+        for place in rng.permutation(len(workers)):
+            worker = workers[int(place)]
+            if worker.name in failed:
+                continue
+            try:
+                results[worker.name].append(call(worker, index))
+            except WorkerError as error:
+                failed[worker.name] = str(error)
+                del results[worker.name]
+                worker.stop()
+            if after is not None:
+                after()
+    return results, failed
+
+
+def warm_up(call: Callable[[], float], *, least: int = 3, most: int = 12, tolerance: float = 0.1) -> int:
+    """Call until the last two latencies are within `tolerance` of the fastest so far. Returns the number of calls."""
+    seen: list[float] = []
+    while len(seen) < most:
+        seen.append(call())
+        if len(seen) >= least and max(seen[-2:]) <= (1 + tolerance) * min(seen):
+            break
+    return len(seen)
+
+
+def summary(samples_ms: Sequence[float]) -> dict[str, Any]:
+    """Median and tails as report.json has them: milliseconds."""
+    p5, median, p95 = np.percentile(np.asarray(samples_ms, np.float64), [5, 50, 95])
+    return {"median": float(median), "p5": float(p5), "p95": float(p95), "samples": len(samples_ms)}
+
+
+def compare_engines(
+    specs: Mapping[str, Mapping[str, Any]],
+    feeds: Mapping[str, np.ndarray],
+    *,
+    rounds: int = 40,
+    threads: int | None = None,
+    seed: int = 0,
+    time_limit_s: float = 60.0,
+    timeout_s: float = 600.0,
+) -> dict[str, Any]:
+    """Engines side by side on the same feeds. The first of `specs` (see `Worker`) is what the others are compared with.
+
+    Returns {"latency_ms": {name: summary}, "samples_ms": {name: [...]}, "failed": {name: reason},
+    "speedup": {name: {"median", "ci95_low", "ci95_high", "versus"}}}: above 1 means faster than the first.
+    """
+    workers = [Worker(name, spec, threads=threads, timeout_s=timeout_s) for name, spec in specs.items()]
+    try:
+        failed = start_all(workers)
+        ready = [worker for worker in workers if worker.name not in failed]
+        keys: dict[str, str] = {}
+        for worker in list(ready):
+            try:
+                key = keys[worker.name] = worker.put(feeds)
+                warm_up(lambda worker=worker, key=key: worker.run(key)[0])  # type: ignore[misc]
+            except WorkerError as error:
+                failed[worker.name] = str(error)
+                ready.remove(worker)
+        samples, broken = interleaved(
+            ready, lambda worker, _: worker.run(keys[worker.name])[0], rounds, seed=seed, time_limit_s=time_limit_s
+        )
+    finally:
+        for worker in workers:
+            worker.stop()
+    first = next(iter(specs))
+    speedup = {
+        name: {**ratio_ci(samples[first], times, seed=seed), "versus": first}
+        for name, times in samples.items()
+        if first in samples and name != first
+    }
+    return {
+        "latency_ms": {name: summary(times) for name, times in samples.items()},
+        "samples_ms": samples,
+        "speedup": speedup,
+        "failed": {**failed, **broken},
+    }

@@ -1,0 +1,145 @@
+"""LPIPS (Zhang et al. 2018, arXiv:1801.03924) through the `lpips` package, from weights that are already here.
+
+Nothing is downloaded: `make setup` (eval/fetch_backbone.py) tries once, and without the file the reason is reported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ldm_deploy.eval.metrics import check_pair
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# backbone -> torchvision's file. A copy that was saved again has another digest: it is reported, not checked.
+BACKBONES = {
+    "squeeze": "squeezenet1_1-b8a52dc0.pth",
+    "alex": "alexnet-owt-7be5be79.pth",
+    "vgg": "vgg16-397923af.pth",
+}
+BATCH = 64  # images per forward pass; bounds the memory at about 30 MB for 64x64 images
+
+
+class Lpips:
+    """The distance of image pairs. `available` tells whether it can be computed, `reason` why not and what to do."""
+
+    def __init__(self, backbone: str = "squeeze") -> None:
+        if backbone not in BACKBONES:
+            raise ValueError(f"LPIPS backbone {backbone!r} is unknown; allowed: {', '.join(BACKBONES)}")
+        self.backbone = backbone
+        self.weights_sha256: str | None = None
+        self.reason: str | None = None
+        self._network: Any = None
+        try:
+            import lpips  # noqa: F401
+            import torch
+        except ImportError as error:
+            self.reason = f"the package {error.name!r} is not installed; install ldm-deploy[export]"
+            return
+        file = Path(torch.hub.get_dir()) / "checkpoints" / BACKBONES[backbone]
+        if not file.is_file():
+            self.reason = (
+                f"no weights of the LPIPS backbone: {file} is not there; "
+                "run `make setup` with a network, or put the file there, or set TORCH_HOME"
+            )
+            return
+        try:
+            self._network = _build(backbone, torch.load(file, map_location="cpu", weights_only=True))
+        except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, KeyError ... for damage
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            self.reason = f"the LPIPS backbone {file} cannot be read ({first}); delete it and run `make setup`"
+            return
+        self.weights_sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+
+    @property
+    def available(self) -> bool:
+        return self.reason is None
+
+    def __call__(self, reference: np.ndarray, candidate: np.ndarray) -> np.ndarray:
+        """uint8 (n, H, W, 3) twice -> float64 (n,), 0 for equal images. Raises `ValueError` if they do not compare."""
+        import torch
+
+        check_pair(reference, candidate)
+        network = self.network()
+        found = []
+        with torch.inference_mode():
+            for start in range(0, len(reference), BATCH):
+                pair = (_tensor(images[start : start + BATCH]) for images in (reference, candidate))
+                found.append(network(*pair).flatten().double().numpy())
+        return np.concatenate(found)
+
+    def nearest(self, queries: np.ndarray, gallery: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The gallery image nearest to each query: uint8 (q, H, W, 3), (g, H, W, 3) -> index int64 (q,), distance (q,).
+
+        The distance is a squared Euclidean one between features (see `features`), so each image passes through the
+        backbone once. Memory: the features of all queries and of one batch of the gallery.
+        """
+        import torch
+
+        with torch.inference_mode():
+            query = torch.cat(list(self._batches(queries)))
+            norms = query.double().square().sum(1)
+            distances = []
+            for batch in self._batches(gallery):
+                inner = (query @ batch.T).double()
+                distances.append((norms[:, None] + batch.double().square().sum(1) - 2 * inner).clamp_min(0))
+            found = torch.cat(distances, dim=1)
+            best = found.argmin(1)
+            return best.numpy(), found.gather(1, best[:, None])[:, 0].numpy()
+
+    def _batches(self, images: np.ndarray) -> Iterator[Tensor]:
+        for start in range(0, len(images), BATCH):
+            yield self.features(_tensor(images[start : start + BATCH]))
+
+    def features(self, images: Tensor) -> Tensor:
+        """Vectors whose squared Euclidean distance is LPIPS: float (n, 3, H, W) in [-1, 1] -> float (n, features).
+
+        LPIPS = sum over layers l of mean over pixels of sum over channels c of w_lc (f_lc - g_lc)², where f and g are
+        features of unit length per pixel and w >= 0 (eq. 1): multiply each by sqrt(w_lc / pixels).
+        """
+        import lpips
+        import torch
+
+        network = self.network()
+        parts = []
+        for layer, head in zip(network.net(network.scaling_layer(images)), network.lins, strict=True):
+            weight = head.model[-1].weight.clamp_min(0)  # (1, channels, 1, 1)
+            pixels = layer.shape[2] * layer.shape[3]
+            parts.append((lpips.normalize_tensor(layer) * (weight / pixels).sqrt()).flatten(1))
+        return torch.cat(parts, dim=1)
+
+    def network(self) -> Any:
+        """The `lpips.LPIPS` module. Raises `RuntimeError` with the reason where it cannot be had."""
+        if self.reason is not None:
+            raise RuntimeError(f"LPIPS cannot be computed: {self.reason}")
+        return self._network
+
+
+def _build(backbone: str, weights: dict[str, Tensor]) -> Any:
+    """The published heads on the given backbone. lpips itself would go through torchvision, which downloads."""
+    import lpips
+    import torch
+
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")  # lpips calls torchvision by names that it deprecates
+        network = lpips.LPIPS(net=backbone, pnet_rand=True, verbose=False)
+    # torchvision's "features.3.squeeze.weight" is lpips' "slice2.3.squeeze.weight"
+    ours = network.net.state_dict()
+    network.net.load_state_dict({key: weights["features." + key.partition(".")[2]] for key in ours})
+    return network.eval().requires_grad_(False)
+
+
+def _tensor(images: np.ndarray) -> Tensor:
+    """uint8 (n, H, W, 3) -> float (n, 3, H, W) in [-1, 1]."""
+    import torch
+
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+        raise ValueError(f"LPIPS needs uint8 (n, H, W, 3); got {images.dtype} {images.shape}")
+    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -1,0 +1,179 @@
+"""Is a reference any good by itself? Reconstruction of images it never saw; are its samples what was asked for?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ldm_deploy.errors import EvaluationError
+from ldm_deploy.eval.grid import Grid, load_grid
+from ldm_deploy.eval.lpips_distance import Lpips
+from ldm_deploy.eval.metrics import psnr_db_each, ssim
+from ldm_deploy.progress import task
+
+if TYPE_CHECKING:
+    from ldm_deploy.runtime.pipeline import Pipeline
+    from ldm_deploy.training.data import ImageSet
+
+BATCH = 16  # images per pass through the autoencoder
+SKIN_TONE = "skin tone"
+
+
+def score_reference(
+    directory: Path | str,
+    data: Path | str,
+    *,
+    threads: int | None = None,
+    grid: Grid | None = None,
+    steps: int | None = None,
+) -> dict[str, Any]:
+    """Held-out reconstruction, photographs and retrieval of a reference directory, as plain data.
+
+    `data`: the captioned images it was trained on (the held-out ones are told by their names). Figures that need
+    something absent are null with a reason. Raises `DataError` for data that does not open.
+    """
+    from ldm_deploy.models.reference import load_reference, reference_digest
+    from ldm_deploy.models.torch_engine import torch_pipeline
+    from ldm_deploy.training.data import load_images
+
+    reference = load_reference(directory)
+    height, width = reference.model["default_size"]
+    if height != width:
+        raise EvaluationError(
+            f"the reference draws {height}x{width}; scoring needs a square size, as the data is square"
+        )
+    images = load_images(data, height)
+    pipeline = torch_pipeline(reference, threads)
+    return {
+        "format": 1,
+        "reference": {"name": reference.model.get("name"), "digest": reference_digest(reference.directory)},
+        "data": {"digest": images.digest, "images": len(images.texts), "held_out": int(images.held_out.sum())},
+        "held_out": reconstruct_held_out(pipeline, images),
+        "photographs": reconstruct_photographs(pipeline),
+        "retrieval": retrieve(pipeline, images, grid or load_grid(), steps=steps),
+    }
+
+
+def reconstruct_held_out(pipeline: Pipeline, images: ImageSet) -> dict[str, Any]:
+    """PSNR (peak 255) and SSIM of held-out images, without skin-tone variants, which would count one drawing six times.
+
+    `psnr_db` is over all pixels. White background is easy and flatters it, so `psnr_db_not_white` is over the pixels
+    that are not pure white in the original. Both are means over images of each image's PSNR.
+    """
+    chosen = images.images[images.held_out & ~images.skin_tone]
+    if len(chosen) == 0:
+        return {"psnr_db": None, "psnr_db_not_white": None, "ssim": None, "n": 0, "reason": "no image is held out"}
+    rebuilt = reconstruct(pipeline, chosen)
+    inside = psnr_db_inside(chosen, rebuilt, (chosen != 255).any(axis=-1))
+    return {
+        "psnr_db": float(psnr_db_each(chosen, rebuilt, peak=255).mean()),
+        "psnr_db_not_white": None if len(inside) == 0 else float(inside.mean()),
+        "ssim": float(ssim(chosen, rebuilt, peak=255).mean()),
+        "n": len(chosen),
+        "reason": None,
+    }
+
+
+def psnr_db_inside(reference: np.ndarray, candidate: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """PSNR (peak 255) of each image over the pixels in `mask` (bool (n, H, W)); images without any are left out."""
+    kept = mask.any(axis=(1, 2))
+    squared = ((reference.astype(np.float64) - candidate.astype(np.float64)) ** 2).mean(axis=-1)
+    mse = (squared * mask).sum(axis=(1, 2))[kept] / mask.sum(axis=(1, 2))[kept]
+    return np.asarray(10 * np.log10(255**2 / np.maximum(mse, 1e-10 * 255**2)))  # equal pixels count as 100 dB
+
+
+def reconstruct_photographs(pipeline: Pipeline) -> list[dict[str, Any]]:
+    """scikit-learn's two photographs, never trained on, box-resized to half, rounded down to multiples of 64."""
+    from PIL import Image
+
+    from ldm_deploy.errors import DataError
+    from ldm_deploy.training.data import held_out_photographs
+
+    try:
+        photographs = held_out_photographs()
+    except DataError as error:
+        return [{"name": "china.jpg, flower.jpg", "size": None, "psnr_db": None, "ssim": None, "reason": str(error)}]
+    rows = []
+    for name, photograph in photographs.items():
+        height, width = (max(64, length // 2 // 64 * 64) for length in photograph.shape[:2])
+        resized = np.asarray(Image.fromarray(photograph).resize((width, height), Image.Resampling.BOX))[None]
+        rebuilt = reconstruct(pipeline, resized)
+        rows.append(
+            {
+                "name": name,
+                "size": [height, width],
+                "psnr_db": float(psnr_db_each(resized, rebuilt, peak=255)[0]),
+                "ssim": float(ssim(resized, rebuilt, peak=255)[0]),
+                "reason": None,
+            }
+        )
+    return rows
+
+
+def reconstruct(pipeline: Pipeline, images: np.ndarray) -> np.ndarray:
+    """Through the autoencoder and back: uint8 (n, H, W, 3) -> uint8 (n, H, W, 3)."""
+    parts = []
+    with task("reconstructing", len(images)) as advance:
+        for start in range(0, len(images), BATCH):
+            batch = images[start : start + BATCH]
+            parts.append(pipeline.decode(pipeline.encode(batch)))
+            advance(len(batch))
+    return np.concatenate(parts)
+
+
+def retrieve(pipeline: Pipeline, images: ImageSet, grid: Grid, *, steps: int | None = None) -> dict[str, Any]:
+    """The share of samples whose nearest image of all has the text that was asked for, skin tone aside.
+
+    Distance: LPIPS where its weights are there, else the root mean squared pixel difference; `method` names it.
+    """
+    drawn = []
+    with task("drawing samples", len(grid.pairs)) as advance:
+        for prompt, seed in grid.pairs:
+            drawn.append(pipeline(prompt, seed=seed, steps=steps)[0])
+            advance()
+    samples = np.stack(drawn)
+    lpips = Lpips()
+    if lpips.available:
+        nearest, distance = lpips.nearest(samples, images.images)
+    else:
+        nearest, distance = nearest_by_pixels(samples, images.images)
+    rows: list[dict[str, Any]] = []
+    for (prompt, seed), index, value in zip(grid.pairs, nearest, distance, strict=True):
+        text = images.texts[int(index)]
+        hit = base_text(text) == prompt
+        rows.append({"prompt": prompt, "seed": seed, "nearest": text, "distance": float(value), "hit": hit})
+    return {
+        "rate": sum(row["hit"] for row in rows) / len(rows),
+        "hits": sum(row["hit"] for row in rows),
+        "n": len(rows),
+        "method": f"LPIPS ({lpips.backbone})" if lpips.available else "pixels (root mean squared difference)",
+        "weights_sha256": lpips.weights_sha256,
+        "reason": lpips.reason,
+        "gallery": len(images.texts),
+        "prompts_sha256": grid.prompts_sha256,
+        "samples": rows,
+    }
+
+
+def base_text(text: str) -> str:
+    """A caption without its skin tones: "thumbs up: dark skin tone" -> "thumbs up"; "man: bald" stays."""
+    base, colon, rest = text.partition(":")
+    kept = [part.strip() for part in rest.split(",") if part.strip() and not part.strip().endswith(SKIN_TONE)]
+    return f"{base}: {', '.join(kept)}" if colon and kept else base
+
+
+def nearest_by_pixels(queries: np.ndarray, gallery: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 (q, H, W, 3), (g, H, W, 3) -> index int64 (q,), distance in grey levels float64 (q,)."""
+    query = queries.reshape(len(queries), -1).astype(np.float64)
+    best = np.zeros(len(queries), np.int64)
+    least = np.full(len(queries), np.inf)
+    for start in range(0, len(gallery), 256):
+        block = gallery[start : start + 256].reshape(-1, query.shape[1]).astype(np.float64)
+        squared = (query**2).sum(1)[:, None] + (block**2).sum(1)[None] - 2 * query @ block.T
+        place = squared.argmin(1)
+        found = np.maximum(squared[np.arange(len(query)), place], 0)
+        better = found < least
+        best[better], least[better] = start + place[better], found[better]
+    return best, np.sqrt(least / query.shape[1])

@@ -1,0 +1,193 @@
+"""From measurements to the rows of report.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ldm_deploy.eval.grid import Grid
+from ldm_deploy.eval.latency import summary
+from ldm_deploy.eval.lpips_distance import Lpips
+from ldm_deploy.eval.measure import BASELINE, Measured
+from ldm_deploy.eval.memory import fp32_size_bytes, size_bytes
+from ldm_deploy.eval.metrics import ratio_ci
+from ldm_deploy.eval.quality import METRICS, compare_images, constant_images, flat_reason, not_measured
+
+COARSEST_FIRST = ("w4", "w8", "int8", "mixed", "bf16", "fp16", "fp32")  # a variant is named after its coarsest engine
+
+Row = dict[str, Any]
+
+
+def baseline_row(source: Path | None, reason: str | None, found: Measured) -> Row:
+    """report.json's `baseline`: the fp32 torch reference. `reason`: why there is none."""
+    row: Row = {"name": BASELINE, "status": "not measured", "reason": reason, "latency_ms": None, "load_ms": None}
+    row |= {"peak_memory_bytes": None, "size_bytes": None, "stored_bytes": None, "components": []}
+    if source is None:
+        return row
+    row["size_bytes"] = fp32_size_bytes(source)
+    row["stored_bytes"] = size_bytes(source.glob("*.safetensors"))
+    if BASELINE in found.failed:
+        return row | {"status": "failed", "reason": found.failed[BASELINE]}
+    components = [
+        {"name": component, "latency_ms": summary(samples[BASELINE])}
+        for component, samples in found.component_ms.items()
+        if BASELINE in samples
+    ]
+    return row | {
+        "status": "ok",
+        "latency_ms": summary(found.latency_ms[BASELINE]),
+        "load_ms": found.load_ms[BASELINE],
+        "peak_memory_bytes": found.memory_bytes.get(BASELINE),
+        "components": components,
+    }
+
+
+def variant_row(bundle: Mapping[str, Any], root: Path, variant: Mapping[str, Any], found: Measured, seed: int) -> Row:
+    """One entry of `variants`, still without quality, comparisons and gates. `bundle`: the content of bundle.json."""
+    engines = {engine["id"]: engine for engine in bundle["engines"]}
+    own = [engines[name] for name in variant["engines"]]
+    main = next((engine for engine in own if engine["component"] in ("unet", "pipeline")), own[0])
+    name = variant["name"]
+    files = [root / file for engine in own for file in engine["files"]]
+    row = empty_row(name, main["runtime"], main["device"], coarsest([engine["precision"] for engine in own]))
+    row |= {key: variant.get(key) for key in ("sampler", "steps", "guidance_scale")}
+    row["size_bytes"] = size_bytes(files)
+    row["components"] = [_component(engine, bundle, found, seed) for engine in own]
+    if name in found.failed:
+        return row | {"status": "failed", "reason": found.failed[name]}
+    row |= {
+        "latency_ms": summary(found.latency_ms[name]),
+        "load_ms": found.load_ms[name],
+        "peak_memory_bytes": found.memory_bytes.get(name),
+    }
+    if BASELINE in found.latency_ms:
+        row["speedup"] = {**ratio_ci(found.latency_ms[BASELINE], found.latency_ms[name], seed=seed), "versus": BASELINE}
+    return row
+
+
+def empty_row(name: str, runtime: str, device: str, precision: str) -> Row:
+    """A row with nothing measured."""
+    return {
+        "name": name,
+        "runtime": runtime,
+        "device": device,
+        "precision": precision,
+        "status": "ok",
+        "reason": None,
+        "steps": None,
+        "guidance_scale": None,
+        "components": [],
+        "quality": None,
+        "latency_ms": None,
+        "load_ms": None,
+        "speedup": None,
+        "comparisons": [],
+        "peak_memory_bytes": None,
+        "size_bytes": None,
+        "gates": [],
+        "refused": None,
+    }
+
+
+def coarsest(precisions: Sequence[str]) -> str:
+    """The precision a variant is called by: that of its coarsest engine."""
+    return min(
+        precisions, key=lambda name: COARSEST_FIRST.index(name) if name in COARSEST_FIRST else len(COARSEST_FIRST)
+    )
+
+
+def _component(engine: Mapping[str, Any], bundle: Mapping[str, Any], found: Measured, seed: int) -> Row:
+    samples = found.component_ms.get(engine["component"], {})
+    own = samples.get(engine["id"])
+    versus, other = _sibling(engine, bundle, samples)
+    row = {
+        "name": engine["component"],
+        "engine": engine["id"],
+        "precision": engine["precision"],
+        "precision_found": engine.get("precision_found"),
+        "size_bytes": engine.get("size_bytes"),
+        "parity": engine.get("parity"),
+        "latency_ms": None if own is None else summary(own),
+        "speedup": None,
+    }
+    if own is not None and other is not None:
+        paired = min(len(own), len(other))
+        row["speedup"] = {**ratio_ci(other[:paired], own[:paired], seed=seed), "versus": versus}
+    return row
+
+
+def _sibling(
+    engine: Mapping[str, Any], bundle: Mapping[str, Any], samples: Mapping[str, list[float]]
+) -> tuple[str, list[float] | None]:
+    """What an engine is compared with: the fp32 engine of the same component, runtime and device, else the baseline."""
+    if engine["precision"] != "fp32":
+        for other in bundle["engines"]:
+            alike = all(other[key] == engine[key] for key in ("component", "runtime", "device"))
+            if alike and other["precision"] == "fp32" and other["id"] in samples:
+                return f"fp32-{other['runtime']}-{other['device']}", samples[other["id"]]
+    return BASELINE, samples.get(BASELINE)
+
+
+def add_quality(row: Row, found: Measured, grid: Grid, lpips: Lpips, baseline: Row, seed: int) -> None:
+    """Fill in `quality` and `images`; a variant that draws flat images where the baseline does not has failed."""
+    name = row["name"]
+    if name not in found.images or BASELINE not in found.images:
+        whose = name if name not in found.images else BASELINE
+        why = (baseline if whose == BASELINE else row)["reason"] or "it drew no images"
+        row["quality"] = {metric: not_measured(f"{whose} has no images: {why}") for metric in METRICS}
+        row["quality"]["lpips"] |= {"backbone": lpips.backbone, "weights_sha256": lpips.weights_sha256}
+        return
+    reference, candidate = found.images[BASELINE], found.images[name]
+    row["quality"], row["images"] = compare_images(reference, candidate, grid.pairs, lpips, seed=seed)
+    flat = flat_reason(constant_images(candidate, grid.pairs), constant_images(reference, grid.pairs))
+    if flat is not None:
+        row |= {"status": "failed", "reason": flat}
+
+
+def add_comparisons(row: Row, rows: Sequence[Row], found: Measured, seed: int) -> None:
+    """End to end against the fp32 variant of the same runtime and device, which drew in the same rounds."""
+    if row["precision"] == "fp32" or row["name"] not in found.latency_ms:
+        return
+    for other in rows:
+        alike = all(other[key] == row[key] for key in ("runtime", "device"))
+        if alike and other["precision"] == "fp32" and other["name"] in found.latency_ms:
+            ratio = ratio_ci(found.latency_ms[other["name"]], found.latency_ms[row["name"]], seed=seed)
+            row["comparisons"].append({"scope": "end to end", "versus": other["name"], **ratio})
+
+
+def add_refused(rows: Sequence[Row], refused: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """What an earlier stage built and refused: marked in its own row if it has one, else a row more."""
+    found = list(rows)
+    by_name = {row["name"]: row for row in found}
+    for entry in refused:
+        name = str(entry["name"])
+        if name in by_name:
+            by_name[name]["refused"] = entry["reason"]
+            continue
+        row = empty_row(name, entry.get("runtime", ""), entry.get("device", ""), entry.get("precision", ""))
+        parity = entry.get("parity")
+        wrong = parity is not None and not parity.get("passed", True)
+        row |= {
+            "status": "failed" if wrong else "ok",
+            "refused": entry["reason"],
+            "size_bytes": entry.get("size_bytes"),
+        }
+        row["reason"] = "it was not drawn with: an earlier stage refused it"
+        row["quality"] = {metric: not_measured("refused before images were drawn") for metric in METRICS}
+        row["components"] = [
+            {
+                "name": entry.get("component", ""),
+                "engine": name,
+                "precision": entry.get("precision"),
+                "precision_found": entry.get("precision_found"),
+                "size_bytes": entry.get("size_bytes"),
+                "parity": parity,
+                "latency_ms": None,
+                "speedup": entry.get("speedup"),
+                "costly_ops": entry.get("costly_ops"),
+            }
+        ]
+        by_name[name] = row
+        found.append(row)
+    return found

@@ -1,0 +1,163 @@
+"""One engine or variant in a process of its own: `python -m ldm_deploy.eval.worker`, driven by `latency.Worker`.
+
+Requests and answers are JSON, one per line; arrays travel as .npy and .npz files. A failed request is answered with
+{"error": one line} and the process lives on; what libraries print goes to stderr, away from the answers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+class Subject:
+    """What a worker holds: `draw` for a whole pipeline, `engine` for one component."""
+
+    def __init__(self, spec: dict[str, Any], threads: int) -> None:
+        self.pipeline: Any = None
+        self.single: Any = None
+        kind = spec["kind"]
+        if kind == "variant":
+            import ldm_deploy
+
+            self.pipeline = ldm_deploy.load(spec["bundle"], variant=spec["variant"], threads=threads, spinning=False)
+        elif kind == "reference":
+            from ldm_deploy.models.reference import load_reference
+            from ldm_deploy.models.torch_engine import torch_pipeline
+
+            self.pipeline = torch_pipeline(load_reference(spec["path"]), threads)
+        elif kind == "engine":
+            self.single = _open_engine(spec, threads)
+        elif kind == "factory":
+            made = _call(spec["file"], spec["function"])
+            self.pipeline, self.single = (None, made) if hasattr(made, "run") else (made, None)
+        else:
+            raise ValueError(f"worker kind {kind!r} is unknown; allowed: variant, reference, engine, factory")
+
+    def engine(self, component: str | None) -> Any:
+        if self.single is not None:
+            return self.single
+        return self.pipeline.components[component]
+
+    def draw(self, request: dict[str, Any]) -> tuple[float, np.ndarray]:
+        """(milliseconds, uint8 (H, W, 3)). `request`: the pipeline's arguments; None leaves its default."""
+        arguments = {key: value for key, value in request.items() if value is not None}
+        if "size" in arguments:
+            arguments["size"] = tuple(arguments["size"])
+        start = time.perf_counter()
+        images = self.pipeline(**arguments)
+        return 1000 * (time.perf_counter() - start), images[0]
+
+
+def _open_engine(spec: dict[str, Any], threads: int) -> Any:
+    if spec.get("runtime", "onnxruntime") != "onnxruntime":
+        raise ValueError(f"runtime {spec['runtime']!r} is not built yet; there is: onnxruntime")
+    from ldm_deploy.runtime.engines import OnnxRuntimeEngine
+
+    return OnnxRuntimeEngine(Path(spec["path"]), threads=threads, spinning=False)
+
+
+def _call(file: str, function: str) -> Any:
+    """A pipeline or an engine of one's own: `function()` of a Python file."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("ldm_deploy_eval_factory", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, function)()
+
+
+def pin(threads: int) -> list[int]:
+    """Keep this process on as many processors as it has threads, so that none migrates. Returns the processors."""
+    if not hasattr(os, "sched_setaffinity"):
+        return []
+    allowed = sorted(os.sched_getaffinity(0))
+    if threads < len(allowed):
+        os.sched_setaffinity(0, allowed[:threads])
+    return sorted(os.sched_getaffinity(0))
+
+
+class Session:
+    """Answers requests. The subject is loaded by the first."""
+
+    def __init__(self) -> None:
+        self.subject: Subject | None = None
+        self.feeds: dict[str, dict[str, np.ndarray]] = {}
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        operation = request.pop("op")
+        if operation == "load":
+            start = time.perf_counter()
+            processors = pin(request["threads"])
+            self.subject = Subject(request["spec"], request["threads"])
+            return {"load_ms": 1000 * (time.perf_counter() - start), "processors": processors}
+        if operation == "memory":
+            from ldm_deploy.eval.memory import peak_memory_bytes
+
+            return {"peak_memory_bytes": peak_memory_bytes()}
+        if self.subject is None:
+            raise ValueError("nothing is loaded yet; send `load` first")
+        if operation == "image":
+            out = request.pop("out")
+            milliseconds, image = self.subject.draw(request)
+            np.save(out, image, allow_pickle=False)
+            return {"latency_ms": milliseconds}
+        if operation == "run":
+            return {"latency_ms": self.run(request)}
+        raise ValueError(f"operation {operation!r} is unknown; allowed: load, image, run, memory, quit")
+
+    def run(self, request: dict[str, Any]) -> list[float]:
+        """Milliseconds of `repeats` calls of one engine on the feeds of a .npz file, which is read once."""
+        assert self.subject is not None
+        if request["feeds"] not in self.feeds:
+            with np.load(request["feeds"], allow_pickle=False) as stored:
+                self.feeds[request["feeds"]] = {name: stored[name] for name in stored.files}
+        feeds, engine = self.feeds[request["feeds"]], self.subject.engine(request.get("component"))
+        times = []
+        for _ in range(request["repeats"]):
+            start = time.perf_counter()
+            outputs = engine.run(feeds)
+            times.append(1000 * (time.perf_counter() - start))
+        for name, value in outputs.items():
+            if not np.isfinite(value).all():
+                from ldm_deploy.errors import EvaluationError
+
+                raise EvaluationError(f"output {name!r} holds NaN or infinity")
+        return times
+
+
+def one_line(error: BaseException) -> str:
+    """`message` of our own errors, `Class: message` of others."""
+    from ldm_deploy.errors import LdmDeployError
+
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    if isinstance(error, LdmDeployError) and text:
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    session = Session()
+    for line in sys.stdin:
+        request = json.loads(line)
+        if request["op"] == "quit":
+            break
+        try:
+            answer = session.answer(request)
+        except Exception as error:
+            answer = {"error": one_line(error)}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

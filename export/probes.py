@@ -1,0 +1,87 @@
+"""Real inputs for parity: what each component meets while the reference draws images.
+
+Latents come from short sampler trajectories with and without guidance, captions from the text encoder, images from the
+decoder; batch sizes, resolutions and caption lengths differ from probe to probe, so that a fixed axis shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ldm_deploy.eval.parity import Arrays, Probe, Runnable
+
+if TYPE_CHECKING:
+    from ldm_deploy.models.reference import Reference
+
+CAPTIONS = ("red apple", "cat face", "rocket")
+STEPS = 4
+
+
+class Recorder:
+    """An engine that keeps every call as a probe."""
+
+    def __init__(self, engine: Runnable) -> None:
+        self.engine = engine
+        self.calls: list[Probe] = []
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> Arrays:
+        outputs = self.engine.run(feeds)
+        # Copies: a sampler may go on to write into its arrays.
+        self.calls.append(
+            Probe({k: np.array(v) for k, v in feeds.items()}, {k: np.array(v) for k, v in outputs.items()})
+        )
+        return outputs
+
+
+def make_probes(reference: Reference, *, seed: int = 0, threads: int | None = None) -> dict[str, list[Probe]]:
+    """component -> probes with torch's fp32 outputs. About 0.3 MB for a model that draws 64x64."""
+    from ldm_deploy.models.torch_engine import torch_engines
+    from ldm_deploy.runtime.pipeline import Pipeline
+    from ldm_deploy.runtime.tokenizer import Tokenizer
+
+    model = reference.model
+    recorders = {name: Recorder(engine) for name, engine in torch_engines(reference, threads).items()}
+    tokenizer = Tokenizer(reference.tokenizer_path, model["context_length"])
+    pipeline = Pipeline(recorders, tokenizer, model, reference.schedule, model["sampling"])
+    probes: dict[str, list[Probe]] = {name: [] for name in recorders}
+    unit = model["size_multiple"]
+    guidance = model["sampling"]["guidance_scale"]
+    height, width = model["default_size"]
+    # captions, (height, width), guidance: U-Net batches of 1, 2 and 3
+    runs = (
+        (CAPTIONS[:1], (height, width), 1.0),
+        (CAPTIONS[:1], (2 * unit, 3 * unit), guidance),
+        (CAPTIONS, (3 * unit, 2 * unit), 1.0),
+    )
+    for captions, size, scale in runs:
+        seeds = [seed + index for index in range(len(captions))]
+        images = pipeline(list(captions), seed=seeds, steps=STEPS, guidance_scale=scale, size=size)
+        pipeline.encode(images)
+        calls = {name: recorder.calls for name, recorder in recorders.items()}
+        steps = calls["unet"]
+        # The start (pure noise) and one step on the way; then two timesteps in one batch, as a server would ask.
+        probes["unet"] += [steps[0], steps[-2]]
+        if scale != 1.0:
+            probes["unet"].append(_again(recorders["unet"], _joined(steps[1], steps[-1])))
+        for name in ("text_encoder", "vae_encoder", "vae_decoder"):
+            probes[name] += calls[name][-1:]
+        for recorder in recorders.values():
+            recorder.calls = []
+    # A shorter caption than the tokenizer pads to.
+    for name, key in (("text_encoder", "input_ids"), ("unet", "encoder_hidden_states")):
+        last = probes[name][-1].inputs
+        probes[name].append(
+            _again(recorders[name], {**last, key: np.ascontiguousarray(last[key][:, : last[key].shape[1] // 2])})
+        )
+    return probes
+
+
+def _joined(first: Probe, second: Probe) -> Arrays:
+    return {name: np.concatenate([first.inputs[name], second.inputs[name]]) for name in first.inputs}
+
+
+def _again(recorder: Recorder, inputs: Arrays) -> Probe:
+    return Probe(inputs, {name: np.array(value) for name, value in recorder.engine.run(inputs).items()})

@@ -1,0 +1,313 @@
+"""The command line: parse, then import and call. Nothing heavy is imported before a command is chosen.
+
+Exit codes: 0 kept; 1 error; 2 arguments, configuration or budget file; 3 a gate failed; 4 a required gate
+could not be measured; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer import Argument, Option
+
+from ldm_deploy import commands
+from ldm_deploy.errors import ConfigError, LdmDeployError, StageMissingError
+
+# Every command takes these four.
+Json = Annotated[Path | None, Option("--json", metavar="FILE", help="Write the result as JSON.")]
+Seed = Annotated[int, Option("--seed", min=0, help="Seed of everything random.")]
+Threads = Annotated[int | None, Option("--threads", min=1, help="CPU threads (all that are allowed).")]
+Quiet = Annotated[bool, Option("--quiet", help="Show no progress.")]
+
+Bundle = Annotated[Path, Argument(metavar="BUNDLE", help="A bundle directory.")]
+ReferenceDir = Annotated[Path, Argument(metavar="REFERENCE_DIR", help="A reference directory.")]
+Source = Annotated[str, Argument(metavar="SOURCE", help="A reference directory, or 'reference' (shipped).")]
+Out = Annotated[Path, Option("--out", metavar="DIR", help="Where the result goes.")]
+Budget = Annotated[Path | None, Option("--budget", metavar="B.toml", help="Limits (the shipped ones).")]
+Component = Annotated[list[str] | None, Option("--component", metavar="C", help="Only this; repeatable.")]
+
+AFTER_CTRL_C = {
+    "optimize": "run the same command again to resume",
+    "train": "run it again with --resume to go on",
+}
+
+Result = tuple[dict[str, Any], int]  # what --json writes, and the exit code
+
+app = typer.Typer(
+    name="ldm-deploy",
+    help="A latent diffusion model goes in, a bundle of engines that proved themselves comes out.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+
+@app.callback(invoke_without_command=True)
+def _program(
+    version: Annotated[bool, Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        import ldm_deploy
+
+        print(ldm_deploy.__version__)
+        raise typer.Exit
+
+
+def command(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Register a command. `--quiet`, `--json` and what goes wrong are the same for all and live here."""
+    name = function.__name__.rstrip("_")
+
+    @functools.wraps(function)
+    def run(**arguments: Any) -> int:
+        try:
+            return _run(function, arguments)
+        except KeyboardInterrupt:
+            print(f"interrupted; {AFTER_CTRL_C.get(name, 'run the same command again')}", file=sys.stderr)
+            return 130
+        except LdmDeployError as error:
+            return _fail(str(error), error.exit_code)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush
+            return 1
+        except Exception as error:
+            message = commands.explain(error)
+            if message is None:
+                raise  # a bug: its traceback is what we want to see
+            return _fail(message, 1)
+
+    app.command(name=name)(run)
+    return function
+
+
+def _run(function: Callable[..., Result], arguments: dict[str, Any]) -> int:
+    from ldm_deploy.progress import set_quiet
+
+    set_quiet(arguments["quiet"])
+    result, code = function(**arguments)
+    if arguments["json"] is not None:
+        from ldm_deploy.artifact import atomic_write_json
+
+        atomic_write_json(arguments["json"], result)
+    return code
+
+
+def _fail(message: str, code: int) -> int:
+    print("error: " + " ".join(message.splitlines()), file=sys.stderr)
+    return code
+
+
+@command
+def train(
+    config: Annotated[str, Argument(metavar="CONFIG", help="reference, quick, tiny or a TOML file.")],
+    out: Out,
+    data: Annotated[str, Option("--data", metavar="PATH", help="A folder, a zip or 'photos'.")] = "photos",
+    resume: Annotated[bool, Option("--resume", help="Go on where a killed run stopped.")] = False,
+    json: Json = None,
+    seed: Annotated[int | None, Option("--seed", min=0, help="Instead of the configuration's.")] = None,
+    threads: Threads = None, quiet: Quiet = False,
+) -> Result:  # fmt: skip
+    """Train a reference: autoencoder, then diffusion."""
+    from ldm_deploy.eval.reference import score_reference
+    from ldm_deploy.training.train import train as run
+
+    return run(config, data, out, resume=resume, seed=seed, threads=threads, score=score_reference), 0
+
+
+@command
+def export(
+    source: Source,
+    out: Out,
+    precision: Annotated[str, Option("--precision", metavar="P", help="fp32 (later fp16, bf16).")] = "fp32",
+    target: Annotated[str, Option("--target", metavar="T", help="<runtime>-<device>.")] = "onnxruntime-cpu",
+    component: Component = None,
+    json: Json = None, seed: Seed = 0, threads: Threads = None, quiet: Quiet = False,
+) -> Result:  # fmt: skip
+    """Turn a reference into ONNX engines checked against torch."""
+    commands.check_source(source)
+    commands.check_words(precisions=[precision], targets=[target], components=component)
+    from ldm_deploy.export.to_onnx import export_reference
+
+    export_reference(
+        source, out, precision=precision, components=component or None, seed=seed, threads=threads
+    )
+    return commands.read_json(out / "bundle.json"), 0
+
+
+@command
+def quantize(
+    directory: Annotated[Path, Argument(metavar="DIR", help="What `ldm-deploy export` wrote.")],
+    out: Out,
+    target: Annotated[str, Option("--target", metavar="T", help="<runtime>-<device>.")],
+    budget: Budget = None,
+    calibration: Annotated[Path | None, Option("--calibration", metavar="FILE.npz", help="To reuse.")] = None,
+    component: Component = None,
+    json: Json = None, seed: Seed = 0, threads: Threads = None, quiet: Quiet = False,
+) -> Result:  # fmt: skip
+    """Add INT8 engines to exported ones.
+
+    Calibrate, quantize, compare with fp32, and refuse what is wrong or not faster.
+    """
+    commands.check_words(targets=[target], components=component)
+    from ldm_deploy.eval.budget import load_budget
+    from ldm_deploy.quantize.quantize import quantize_bundle
+
+    quantize_bundle(
+        directory, out, target=target, budget=load_budget(budget), calibration=calibration,
+        components=component or None, seed=seed, threads=threads,
+    )  # fmt: skip
+    return commands.read_json(out / "bundle.json"), 0
+
+
+@command
+def distill(
+    reference: ReferenceDir,
+    recipe: Annotated[str, Option("--recipe", metavar="R", help="steps, decoder or prune.")],
+    out: Out,
+    json: Json = None, seed: Seed = 0, threads: Threads = None, quiet: Quiet = False,
+) -> Result:  # fmt: skip
+    """Not built yet: fewer steps, a smaller decoder, pruning."""
+    raise StageMissingError("distill is not built yet; there is: train, export, quantize, eval, optimize")
+
+
+@command
+def analyze(
+    reference: ReferenceDir,
+    json: Json = None, seed: Seed = 0, threads: Threads = None, quiet: Quiet = False,
+) -> Result:  # fmt: skip
+    """Not built yet: which layers bear low precision."""
+    raise StageMissingError("analyze is not built yet; there is: inspect, bench and eval for a bundle")
+
+
+@command
+def eval_(
+    directory: Annotated[Path, Argument(metavar="DIR", help="A bundle or a reference directory.")],
+    budget: Budget = None,
+    reference: Annotated[Path | None, Option("--reference", metavar="DIR", help="The fp32 model.")] = None,
+    against: Annotated[Path | None, Option("--against", metavar="REPORT.json", help="Not built yet.")] = None,
+    data: Annotated[str | None, Option("--data", metavar="PATH", help="Images to score a reference.")] = None,
+    out: Annotated[Path | None, Option("--out", metavar="DIR", help="For the report (DIR.report).")] = None,
+    json: Json = None, seed: Seed = 0, threads: Threads = None, quiet: Quiet = False,
+) -> Result:  # fmt: skip
+    """Measure every variant and check the budget.
+
+    Quality, latency, memory and size against the fp32 reference in torch, with the same seeds.
+    """
+    if against is not None:
+        raise StageMissingError("--against is not built yet; compare the two report.json files yourself")
+    if (directory / "model.json").is_file():
+        from ldm_deploy.eval.reference import score_reference
+
+        images = data or os.environ.get("LDM_DEPLOY_DATA")
+        if images is None:
+            raise ConfigError(f"{directory} is a reference, which is scored on images; give --data PATH")
+        return score_reference(directory, images), 0
+    from ldm_deploy.eval.budget import load_budget
+    from ldm_deploy.eval.compare import evaluate_bundle
+    from ldm_deploy.eval.report import exit_code, print_table, write_report
+
+    limits = load_budget(budget)
+    report = evaluate_bundle(directory, reference=reference, budget=limits, threads=threads, seed=seed)
+    write_report(report, out or directory.absolute().with_name(directory.absolute().name + ".report"))
+    print_table(report)
+    return report, exit_code(report)
+
+
+@command
+def optimize(
+    source: Source,
+    out: Out,
+    target: Annotated[list[str] | None, Option("--target", metavar="T", help="Repeatable.")] = None,
+    budget: Budget = None,
+    json: Json = None, seed: Seed = 0, threads: Threads = None, quiet: Quiet = False,
+) -> Result:  # fmt: skip
+    """All of it, from a reference to a bundle that keeps its budget."""
+    commands.check_source(source)
+    commands.check_words(targets=target)
+    from ldm_deploy.optimize import optimize as run
+
+    targets = target or list(commands.TARGETS_BUILT)
+    report = run(source, out, targets=targets, budget=budget, seed=seed, threads=threads)
+    from ldm_deploy.eval.report import exit_code, print_table
+
+    print_table(report)
+    print(f"bundle: {out}\nreport: {out / 'report' / 'report.html'}")
+    return report, exit_code(report)
+
+
+@command
+def sample(
+    bundle: Bundle,
+    prompt: Annotated[str, Argument(metavar="PROMPT")],
+    out: Annotated[Path, Option("--out", metavar="IMAGE.png")],
+    steps: Annotated[int | None, Option("--steps", metavar="N", help="Sampler steps.")] = None,
+    guidance_scale: Annotated[float | None, Option("--guidance-scale", metavar="X")] = None,
+    negative_prompt: Annotated[str | None, Option("--negative-prompt", metavar="TEXT")] = None,
+    engine: Annotated[str | None, Option("--engine", metavar="E", help="A variant; see inspect.")] = None,
+    size: Annotated[str | None, Option("--size", metavar="HxW", help="Height and width in pixels.")] = None,
+    json: Json = None, seed: Seed = 0, threads: Threads = None, quiet: Quiet = False,
+) -> Result:  # fmt: skip
+    """Draw an image with a bundle."""
+    request = {
+        "seed": seed,
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "negative_prompt": negative_prompt,
+        "size": commands.parse_size(size),
+    }
+    return commands.draw(bundle, prompt, out, engine, threads, request), 0
+
+
+@command
+def verify(
+    bundle: Bundle,
+    json: Json = None, seed: Seed = 0, threads: Threads = None, quiet: Quiet = False,
+) -> Result:  # fmt: skip
+    """Check every file of a bundle; no engine is opened."""
+    from ldm_deploy.runtime.bundle import verify_bundle
+
+    verify_bundle(bundle)
+    print(f"{bundle}: every file is as it was written")
+    return {"format": 1, "bundle": str(bundle), "verified": True}, 0
+
+
+@command
+def inspect(
+    bundle: Bundle,
+    json: Json = None, seed: Seed = 0, threads: Threads = None, quiet: Quiet = False,
+) -> Result:  # fmt: skip
+    """Show what a bundle holds."""
+    return commands.show_bundle(bundle), 0
+
+
+@command
+def bench(
+    bundle: Bundle,
+    json: Json = None, seed: Seed = 0, threads: Threads = None, quiet: Quiet = False,
+) -> Result:  # fmt: skip
+    """Latency of every engine and variant, in interleaved rounds."""
+    from ldm_deploy.eval.bench import bench_bundle, print_bench
+
+    result = bench_bundle(bundle, threads=threads, seed=seed)
+    print_bench(result)
+    return result, 0
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Entry point of `ldm-deploy`; `arguments` without the program's name."""
+    given = sys.argv[1:] if arguments is None else arguments
+    try:
+        code = app(given or ["--help"], prog_name="ldm-deploy", standalone_mode=False)
+    except Exception as error:  # a usage error; its class is private to typer and has moved between versions
+        if not hasattr(error, "format_message"):
+            raise
+        context = getattr(error, "ctx", None)
+        where = context.command_path if context is not None else "ldm-deploy"
+        code = _fail(f"{error.format_message().rstrip('.')}; see `{where} --help`", 2)
+    sys.exit(code or 0)

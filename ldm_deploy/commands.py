@@ -1,0 +1,173 @@
+"""What the command line does besides calling a stage: check words, explain errors, draw, show a bundle."""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+from ldm_deploy.errors import ConfigError, StageMissingError
+
+TARGETS = (
+    "onnxruntime-cpu",
+    "openvino-cpu",
+    "onnxruntime-cuda",
+    "tensorrt-cuda",
+    "torch-tensorrt-cuda",
+    "aoti-cuda",
+)
+TARGETS_BUILT = ("onnxruntime-cpu",)
+COMPONENTS = ("text_encoder", "unet", "vae_encoder", "vae_decoder", "pipeline")
+COMPONENTS_BUILT = ("text_encoder", "unet", "vae_encoder", "vae_decoder")
+PRECISIONS = ("fp32", "fp16", "bf16")
+PRECISIONS_BUILT = ("fp32",)
+IMAGE_FORMATS = {".png": "PNG", ".bmp": "BMP"}
+
+# Packages that do not come with the base installation, and the extra that brings them; others: `export`.
+EXTRAS = {
+    "nncf": "openvino",
+    "openvino": "openvino",
+    "skimage": "train",
+    "sklearn": "train",
+    "tensorrt": "tensorrt",
+}
+
+
+def check_words(
+    targets: list[str] | None = None,
+    components: list[str] | None = None,
+    precisions: list[str] | None = None,
+) -> None:
+    """Raises `ConfigError` for a word nobody knows, `StageMissingError` for one that is not built yet."""
+    for kind, given, known, built in (
+        ("target", targets, TARGETS, TARGETS_BUILT),
+        ("component", components, COMPONENTS, COMPONENTS_BUILT),
+        ("precision", precisions, PRECISIONS, PRECISIONS_BUILT),
+    ):
+        for word in given or ():
+            if word not in known:
+                near = difflib.get_close_matches(word, known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(known)}"
+                raise ConfigError(f"{kind} {word!r} is unknown; {hint}")
+            if word not in built:
+                raise StageMissingError(f"{kind} {word!r} is not built yet; there is: {', '.join(built)}")
+
+
+def check_source(source: str) -> None:
+    """Refuse the kinds of source that only a later version reads; the rest is for `resolve_reference`."""
+    kind = None
+    if (Path(source) / "model_index.json").is_file():
+        kind = "a diffusers directory"
+    elif re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", source) and not Path(source).exists():
+        kind = "a module:function"
+    if kind is not None:
+        raise StageMissingError(f"{source} is {kind}, not built yet as a source; there is: a reference")
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """`"64x96"` -> (64, 96): height and width in pixels."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
+    if match is None:
+        raise ConfigError(f"--size is {text!r}; give height and width in pixels, as 64x64")
+    return int(match[1]), int(match[2])
+
+
+def explain(error: Exception) -> str | None:
+    """One line with the remedy where the machine lacks space, rights, memory or a package; None for a bug."""
+    link: BaseException | None = error
+    while link is not None:  # libraries wrap it; safetensors and torch keep only the text
+        full = isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or "No space left on device" in str(link):
+            name = getattr(link, "filename", None)
+            where = f" (writing {name})" if name else ""
+            return f"the disk is full{where}; free some space and run the same command again"
+        link = link.__cause__ or link.__context__
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.strerror}: {error.filename}; check the path and its permissions"
+    if isinstance(error, MemoryError):
+        return "out of memory; close other programs, or use a smaller size"
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("ldm_deploy"):
+        package = error.name.partition(".")[0]
+        extra = EXTRAS.get(package, "export")
+        return f"the package {package!r} is not installed; install it: pip install 'ldm-deploy[{extra}]'"
+    return None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return data
+
+
+def show_bundle(bundle: Path) -> dict[str, Any]:
+    """Print what a bundle holds, after the same checks that `load` makes; returns its bundle.json."""
+    from ldm_deploy.runtime.bundle import read_bundle
+
+    data = read_bundle(bundle).data
+    model, schedule = data["model"], data["schedule"]
+    height, width = model["default_size"]
+    print(f"{data['name']} (format {data['format']}, {data['created']}), licence {model['license']}")
+    print(
+        f"  {model['kind']}, {height}x{width} pixels by default, any multiple of {model['size_multiple']}; "
+        f"prompts of up to {model['context_length']} tokens; {schedule['prediction_type']}, "
+        f"{schedule['num_train_timesteps']} timesteps"
+    )
+    print("variants")
+    for variant in data["variants"]:
+        default = "  (default)" if variant["name"] == data["default_variant"] else ""
+        drawing = f"{variant['sampler']}, {variant['steps']} steps, guidance {variant['guidance_scale']:g}"
+        print(f"  {variant['name']:32} {drawing}{default}")
+    print("engines")
+    for engine in data["engines"]:
+        size = sum(data["files"][file]["size"] for file in engine["files"]) / 1e6
+        found = ", ".join(f"{count} {name}" for name, count in (engine.get("precision_found") or {}).items())
+        parity = engine.get("parity") or {}
+        error = parity.get("relative_error")
+        against = "not compared" if error is None else f"error {error:.1e} of {parity['limit']:.1e} allowed"
+        print(f"  {engine['id']:40} {size:7.2f} MB  {found or engine['precision']}; {against}")
+    for refused in data.get("refused") or ():
+        print(f"refused: {refused['name']}: {refused['reason']}")
+    total = sum(entry["size"] for entry in data["files"].values()) / 1e6
+    print(f"{len(data['files'])} files, {total:.2f} MB; every digest matches")
+    return data
+
+
+def draw(
+    bundle: Path, prompt: str, out: Path, variant: str | None, threads: int | None, request: dict[str, Any]
+) -> dict[str, Any]:
+    """Draw one image and write it, whole or not at all. `request`: the pipeline's keyword arguments."""
+    if out.suffix.lower() not in IMAGE_FORMATS:
+        raise ConfigError(f"--out is {str(out)!r}; write to a file that ends in {' or '.join(IMAGE_FORMATS)}")
+    import io
+
+    from PIL import Image
+
+    import ldm_deploy
+    from ldm_deploy.artifact import atomic_write_bytes
+    from ldm_deploy.progress import task
+
+    started = time.perf_counter()
+    pipeline = ldm_deploy.load(bundle, variant=variant, threads=threads)
+    loaded = time.perf_counter()
+    with task("drawing", request["steps"] or pipeline.defaults.steps) as advance:
+        pixels = pipeline(prompt, on_step=lambda *_: advance(), **request)[0]
+    drawn = time.perf_counter()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format=IMAGE_FORMATS[out.suffix.lower()])
+    atomic_write_bytes(out, buffer.getvalue())
+    print(out)
+    return {
+        "format": 1,
+        "image": str(out),
+        "bundle": str(bundle),
+        "prompt": prompt,
+        **request,
+        "size": list(pixels.shape[:2]),
+        "load_ms": 1000 * (loaded - started),
+        "latency_ms": 1000 * (drawn - loaded),
+    }

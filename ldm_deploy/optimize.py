@@ -1,0 +1,121 @@
+"""The whole road: a reference goes in, the fastest variant that keeps the budget comes out, in a bundle with its report.
+
+Beside `cli` this is the one module of the core that knows the stages.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ldm_deploy.artifact import atomic_write_json, content_key, file_digest, staged_directory, tool_versions
+from ldm_deploy.errors import ConfigError
+from ldm_deploy.progress import note
+
+TARGETS = ("onnxruntime-cpu",)
+PACKAGES = ("ldm-deploy", "numpy", "onnx", "onnxruntime", "onnxscript", "torch")
+
+
+def optimize(
+    source: str | Path,
+    out: Path,
+    *,
+    targets: Sequence[str] = TARGETS,
+    budget: Path | None = None,
+    seed: int = 0,
+    threads: int | None = None,
+) -> dict[str, Any]:
+    """Export, quantize, evaluate and bundle `source` ("reference" or a reference directory); returns report.json's content.
+
+    Stages are kept in `<out>.stages/` under the digest of everything that went in, so that the same command, started
+    again after it was killed, goes on where it stopped. `out` appears, or is replaced, only when it is complete.
+    """
+    from ldm_deploy.eval.budget import load_budget
+    from ldm_deploy.eval.compare import evaluate_bundle
+    from ldm_deploy.eval.latency import machine
+    from ldm_deploy.eval.report import write_report
+    from ldm_deploy.export.to_onnx import export_reference
+    from ldm_deploy.models.reference import reference_digest, resolve_reference
+    from ldm_deploy.quantize.quantize import quantize_bundle
+
+    for target in targets:
+        if target not in TARGETS:
+            raise ConfigError(f"target {target!r} is not built yet; there is: {', '.join(TARGETS)}")
+    limits = load_budget(budget)
+    reference = resolve_reference(source)
+    stages = out.with_name(out.name + ".stages")
+    fingerprint = machine(threads)["fingerprint"]
+
+    exported = stages / "onnx"
+    key = _stage(
+        exported,
+        {"reference": reference_digest(reference), "seed": seed, "versions": tool_versions(*PACKAGES)},
+        lambda directory: export_reference(reference, directory, precision="fp32", seed=seed, threads=threads),
+    )
+    # Which INT8 engine is kept depends on how fast it is here: the machine is part of the key.
+    quantized = stages / "quantized"
+    key = _stage(
+        quantized,
+        {"onnx": key, "targets": list(targets), "seed": seed, "budget": limits.digest, "machine": fingerprint, "threads": threads},
+        lambda directory: quantize_bundle(
+            exported, directory, target=targets[0], budget=limits, seed=seed, threads=threads
+        ),
+    )
+    evaluated = stages / "report"
+
+    def evaluate(directory: Path) -> None:
+        report = evaluate_bundle(quantized, reference=reference, budget=limits, threads=threads, seed=seed)
+        with staged_directory(directory) as staging:
+            write_report(report, staging)
+
+    _stage(evaluated, {"bundle": key, "budget": limits.digest, "machine": fingerprint, "threads": threads}, evaluate)
+    report: dict[str, Any] = json.loads((evaluated / "report.json").read_text(encoding="utf-8"))
+    _assemble(quantized, evaluated, report["chosen"], out)
+    return report
+
+
+def _stage(directory: Path, ingredients: Mapping[str, Any], build: Callable[[Path], object]) -> str:
+    """Build `directory`, or reuse what an earlier run left there for the same ingredients. Returns their key.
+
+    The receipt `<directory>.json` is written last and holds the key and the digest of every file: without it, or with
+    any byte changed, the stage is built anew.
+    """
+    key = content_key(ingredients)
+    receipt = directory.with_name(directory.name + ".json")
+    if _receipt(directory, key) == _read(receipt):
+        note(f"{directory.name}: unchanged, reused")
+        return key
+    receipt.unlink(missing_ok=True)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    build(directory)
+    atomic_write_json(receipt, _receipt(directory, key))
+    return key
+
+
+def _receipt(directory: Path, key: str) -> dict[str, Any]:
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {"key": key, "files": {path.relative_to(directory).as_posix(): file_digest(path) for path in files}}
+
+
+def _read(receipt: Path) -> Any:
+    try:
+        return json.loads(receipt.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _assemble(candidates: Path, evaluated: Path, chosen: str | None, out: Path) -> None:
+    """The bundle an application ships: every proven engine, the report, and the chosen variant as the default."""
+    from ldm_deploy.runtime.bundle import read_bundle, write_bundle
+
+    bundle = read_bundle(candidates)
+    with staged_directory(out) as staging:
+        for name in bundle.data["files"]:
+            target = staging / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(candidates / name, target)
+        shutil.copytree(evaluated, staging / "report")
+        write_bundle(staging, {**bundle.data, "default_variant": chosen or bundle.data["default_variant"]})

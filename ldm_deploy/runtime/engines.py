@@ -1,0 +1,110 @@
+"""Engines: one component, ready to run. Every runtime has one class here with the same three things."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from ldm_deploy.errors import EngineError
+
+if TYPE_CHECKING:
+    from ldm_deploy.runtime.bundle import EngineRecord
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Name, numpy dtype name, and shape with integers for fixed and names for symbolic axes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+class Engine(Protocol):
+    """What the pipeline, the parity check and the latency harness need."""
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Named arrays in, named arrays out."""
+        ...
+
+
+ONNX_DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(double)": "float64",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+    "tensor(uint8)": "uint8",
+    "tensor(int8)": "int8",
+    "tensor(bool)": "bool",
+}
+
+
+class OnnxRuntimeEngine:
+    """An ONNX file in ONNX Runtime on the CPU.
+
+    `threads` None leaves the number to ONNX Runtime. `spinning`: worker threads wait busily between calls: faster for an
+    application that runs nothing else, a nuisance where several engines share a machine. `profile_prefix` writes a kernel
+    profile, whose path `end_profiling` returns. Raises `EngineError` if the file cannot be opened.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        threads: int | None = None,
+        spinning: bool = True,
+        profile_prefix: Path | None = None,
+    ) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.inter_op_num_threads = 1
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
+        if profile_prefix is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(profile_prefix)
+        try:
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's exceptions share no public base class
+            raise EngineError(f"ONNX Runtime cannot open {path}: {_first_line(error)}; build the engine again") from None
+        self.path = Path(path)
+        self.inputs = [_info(value) for value in self._session.get_inputs()]
+        self.outputs = [_info(value) for value in self._session.get_outputs()]
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Raises `EngineError` with ONNX Runtime's own first line."""
+        try:
+            values = self._session.run(None, dict(feeds))
+        except Exception as error:
+            given = ", ".join(f"{name} {value.dtype} {value.shape}" for name, value in feeds.items())
+            raise EngineError(f"engine {self.path.name} failed: {_first_line(error)}; it was given {given}") from None
+        return {info.name: value for info, value in zip(self.outputs, values, strict=True)}
+
+    def end_profiling(self) -> Path:
+        return Path(self._session.end_profiling())
+
+
+def _info(value: Any) -> TensorInfo:
+    return TensorInfo(value.name, ONNX_DTYPES.get(value.type, value.type), tuple(value.shape))
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def open_engine(record: EngineRecord, root: Path, *, threads: int | None = None, spinning: bool = True) -> Engine:
+    """Open an engine of a bundle in its runtime. Raises `EngineError` for a runtime this version does not have."""
+    if record.runtime != "onnxruntime" or record.device != "cpu":
+        raise EngineError(
+            f"engine {record.id} is for {record.runtime} on {record.device}; this version runs onnxruntime on cpu: "
+            "choose another variant, or upgrade ldm_deploy"
+        )
+    return OnnxRuntimeEngine(root / record.files[0], threads=threads, spinning=spinning)

@@ -1,0 +1,223 @@
+"""From a prompt to an image: tokenizer, text encoder, sampler loop around the U-Net, decoder. numpy only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ldm_deploy.diffusion.samplers import SAMPLERS, ddim_step, ddpm_step, noise_levels
+from ldm_deploy.diffusion.schedule import Schedule
+from ldm_deploy.errors import EngineError, PromptError
+from ldm_deploy.runtime.bundle import Bundle, VariantRecord, check_runtime_versions, read_bundle
+from ldm_deploy.runtime.engines import Engine, open_engine
+from ldm_deploy.runtime.noise import LARGEST_SEED, gaussian_noise
+from ldm_deploy.runtime.tokenizer import Tokenizer
+
+# (index of the step, timestep, latents after it)
+OnStep = Callable[[int, int, np.ndarray], None]
+
+
+class LazyEngines(Mapping[str, Engine]):
+    """The engines of a variant by component, each opened when it is first asked for."""
+
+    def __init__(self, bundle: Bundle, variant: VariantRecord, threads: int | None, spinning: bool) -> None:
+        self._bundle = bundle
+        self._records = {bundle.engines[name].component: bundle.engines[name] for name in variant.engines}
+        self._options: dict[str, Any] = {"threads": threads, "spinning": spinning}
+        self._opened: dict[str, Engine] = {}
+
+    def __getitem__(self, component: str) -> Engine:
+        if component not in self._opened:
+            self._opened[component] = open_engine(self._records[component], self._bundle.root, **self._options)
+        return self._opened[component]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._records)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+
+class Pipeline:
+    """A variant, ready to draw. `components` maps component names to engines.
+
+    `model`: model.json's or bundle.json's description (scale_factor, downsampling, latent_channels, size_multiple,
+    default_size). `defaults`: sampler, steps and guidance_scale of a call that names none.
+    """
+
+    def __init__(
+        self,
+        engines: Mapping[str, Engine],
+        tokenizer: Tokenizer,
+        model: Mapping[str, Any],
+        schedule: Schedule,
+        defaults: Mapping[str, Any],
+    ) -> None:
+        self.components = engines
+        self.tokenizer = tokenizer
+        self.model = model
+        self.schedule = schedule
+        self.sampler: str = defaults["sampler"]
+        self.steps: int = defaults["steps"]
+        self.guidance_scale: float = defaults["guidance_scale"]
+
+    def with_engines(self, engines: Mapping[str, Engine]) -> Pipeline:
+        """The same pipeline with some components replaced, as calibration does to listen in."""
+        defaults = {"sampler": self.sampler, "steps": self.steps, "guidance_scale": self.guidance_scale}
+        return Pipeline({**self.components, **engines}, self.tokenizer, self.model, self.schedule, defaults)
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        seed: int | Sequence[int] = 0,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        *,
+        negative_prompt: str = "",
+        size: tuple[int, int] | None = None,
+        sampler: str | None = None,
+        on_step: OnStep | None = None,
+    ) -> np.ndarray:
+        """Draw one image per prompt: uint8 (batch, H, W, 3).
+
+        `seed`: one per image, or one number n for seeds n, n + 1, …. `size`: (height, width) in pixels. Guidance
+        (Ho and Salimans 2022, arXiv:2207.12598): uncond + guidance_scale · (cond - uncond), where uncond is asked for
+        `negative_prompt`; a scale of 1 skips that half. `on_step` is called after every step.
+        Raises `PromptError` for a request that cannot be served and `EngineError` for latents that are not finite.
+        """
+        latents = self.sample_latents(
+            prompt, seed, steps, guidance_scale,
+            negative_prompt=negative_prompt, size=size, sampler=sampler, on_step=on_step,
+        )  # fmt: skip
+        return self.decode(latents)
+
+    def sample_latents(
+        self,
+        prompt: str | Sequence[str],
+        seed: int | Sequence[int] = 0,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        *,
+        negative_prompt: str = "",
+        size: tuple[int, int] | None = None,
+        sampler: str | None = None,
+        on_step: OnStep | None = None,
+    ) -> np.ndarray:
+        """As `__call__`, without the decoder: scaled latents, float32 (batch, z, H/f, W/f)."""
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts:
+            raise PromptError("there is no prompt; give one or more")
+        seeds = self._seeds(seed, len(prompts))
+        steps = self.steps if steps is None else steps
+        scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        sampler = self.sampler if sampler is None else sampler
+        shape = self._latent_shape(size)
+        if sampler not in SAMPLERS:
+            raise PromptError(f"sampler is {sampler!r}; allowed: {', '.join(SAMPLERS)}")
+        if isinstance(steps, bool) or not isinstance(steps, int | np.integer):
+            raise PromptError(f"steps is {steps!r}; give an integer from 1 to {self.schedule.num_train_timesteps}")
+        if not np.isfinite(scale) or scale < 0:
+            raise PromptError(f"guidance_scale is {scale!r}; give a number of 0 or more (1: no guidance)")
+
+        guided = scale != 1
+        ids = self.tokenizer.encode([*([negative_prompt] * len(prompts) if guided else []), *prompts])
+        context = self.components["text_encoder"].run({"input_ids": ids})["encoder_hidden_states"]
+        latents = gaussian_noise(seeds, shape)
+        kind = self.schedule.prediction_type
+        for index, (timestep, level, following) in enumerate(noise_levels(self.schedule, int(steps))):
+            prediction = self._predict(latents, timestep, context, scale if guided else None)
+            if sampler == "ddim":
+                latents = ddim_step(latents, prediction, level, following, kind)
+            else:
+                noise = gaussian_noise(seeds, shape, stream=index + 1)
+                latents = ddpm_step(latents, prediction, level, following, kind, noise)
+            latents = latents.astype(np.float32)
+            if not np.isfinite(latents).all():
+                raise EngineError(
+                    f"the U-Net returned values that are not finite at step {index + 1} of {steps} (timestep {timestep}); "
+                    "this engine must not be used: choose another variant"
+                )
+            if on_step is not None:
+                on_step(index, timestep, latents)
+        return latents
+
+    def _predict(self, latents: np.ndarray, timestep: int, context: np.ndarray, scale: float | None) -> np.ndarray:
+        """The model's prediction; with guidance both halves go through the U-Net as one batch."""
+        sample = latents if scale is None else np.concatenate([latents, latents])
+        feeds = {
+            "sample": sample,
+            "timestep": np.full(len(sample), timestep, dtype=np.int64),
+            "encoder_hidden_states": context,
+        }
+        prediction = self.components["unet"].run(feeds)["prediction"]
+        if scale is None:
+            return prediction
+        unconditional, conditional = np.split(prediction, 2)
+        return unconditional + np.float32(scale) * (conditional - unconditional)
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        """Scaled latents, float32 (batch, z, h, w) -> uint8 (batch, h·f, w·f, 3)."""
+        unscaled = (latents / self.model["scale_factor"]).astype(np.float32)
+        image = self.components["vae_decoder"].run({"latent": unscaled})["image"]
+        if not np.isfinite(image).all():
+            raise EngineError("the decoder returned values that are not finite; this engine must not be used: choose another variant")
+        # Half up, as floor(x + 1/2): the same in every language.
+        pixels = np.floor(np.clip((image + 1) * 127.5, 0, 255) + 0.5)
+        return np.ascontiguousarray(pixels.astype(np.uint8).transpose(0, 2, 3, 1))
+
+    def encode(self, image: np.ndarray) -> np.ndarray:
+        """uint8 (batch, H, W, 3) or (H, W, 3) -> scaled latents (the posterior's mean), float32 (batch, z, H/f, W/f)."""
+        image = np.asarray(image)
+        if image.ndim == 3:
+            image = image[None]
+        if image.dtype != np.uint8 or image.ndim != 4 or image.shape[-1] != 3:
+            raise PromptError(f"image is {image.dtype} of shape {image.shape}; give uint8 (batch, H, W, 3) or (H, W, 3)")
+        self._latent_shape((image.shape[1], image.shape[2]))
+        scaled = image.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(127.5) - 1
+        mean = self.components["vae_encoder"].run({"image": np.ascontiguousarray(scaled)})["latent_mean"]
+        return (mean * self.model["scale_factor"]).astype(np.float32)
+
+    def _latent_shape(self, size: tuple[int, int] | None) -> tuple[int, int, int]:
+        height, width = self.model["default_size"] if size is None else size
+        multiple, factor = self.model["size_multiple"], self.model["downsampling"]
+        for name, value in (("height", height), ("width", width)):
+            if value < multiple or value % multiple:
+                below = max(value // multiple, 1) * multiple
+                raise PromptError(
+                    f"{name} is {value}; it must be a multiple of {multiple}, as {below} or {below + multiple}"
+                )
+        return self.model["latent_channels"], height // factor, width // factor
+
+    @staticmethod
+    def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
+        seeds = [seed + index for index in range(count)] if isinstance(seed, int | np.integer) else list(seed)
+        if len(seeds) != count:
+            raise PromptError(f"{len(seeds)} seeds for {count} prompts; give one seed per prompt, or one number")
+        for value in seeds:
+            if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 0 <= value <= LARGEST_SEED:
+                raise PromptError(f"seed is {value!r}; give an integer from 0 to 2^64 - 1")
+        return [int(value) for value in seeds]
+
+
+def load(
+    path: str | Path, *, variant: str | None = None, threads: int | None = None, spinning: bool = True
+) -> Pipeline:
+    """Check a bundle and make its default variant, or the one named, ready to draw.
+
+    `threads` None: as many as the process may use. Raises `BundleError` before any engine is opened.
+    """
+    import os
+
+    bundle = read_bundle(path)
+    record = bundle.variant(variant)
+    check_runtime_versions(bundle, record)
+    if threads is None:
+        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    engines = LazyEngines(bundle, record, threads, spinning)
+    tokenizer = Tokenizer(bundle.root / bundle.data["tokenizer"], bundle.data["model"]["context_length"])
+    defaults = {"sampler": record.sampler, "steps": record.steps, "guidance_scale": record.guidance_scale}
+    schedule = Schedule.from_dict(bundle.data["schedule"])
+    return Pipeline(engines, tokenizer, bundle.data["model"], schedule, defaults)

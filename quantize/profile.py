@@ -1,0 +1,69 @@
+"""Where an engine's time goes: milliseconds per op type, from ONNX Runtime's own profile."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class OpCost:
+    op: str
+    ms: float  # per run
+    share: float  # of the time in kernels, 0 to 1
+    calls: int  # per run
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "ms": round(self.ms, 3), "share": round(self.share, 3)}
+
+
+def profile_ops(
+    path: Path, feeds: Mapping[str, np.ndarray], *, runs: int = 8, threads: int | None = None
+) -> list[OpCost]:
+    """Kernel time per op type as ONNX Runtime executes the file, dearest first.
+
+    The first run (memory planning) is left out. Kernels run one after another, so the sum is about the latency, plus
+    what profiling itself costs.
+    """
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as folder:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = threads or 0
+        options.inter_op_num_threads = 1
+        options.enable_profiling = True
+        options.profile_file_prefix = str(Path(folder) / "profile")
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        for _ in range(runs + 1):
+            session.run(None, dict(feeds))
+        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    return summarize_events(events, runs)
+
+
+def summarize_events(events: list[dict[str, Any]], runs: int) -> list[OpCost]:
+    """Sum the kernel events of the last `runs` model runs in a profile (`dur` and `ts` in microseconds)."""
+    starts = sorted(event["ts"] for event in events if event.get("name") == "model_run")
+    first = starts[-runs] if len(starts) >= runs else 0
+    time_us: Counter[str] = Counter()
+    calls: Counter[str] = Counter()
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("kernel_time") and event["ts"] >= first:
+            time_us[event["args"]["op_name"]] += event["dur"]
+            calls[event["args"]["op_name"]] += 1
+    total = sum(time_us.values()) or 1
+    return [OpCost(op, us / 1000 / runs, us / total, calls[op] // runs) for op, us in time_us.most_common()]
+
+
+def slower_ops(before: list[OpCost], after: list[OpCost], count: int = 5) -> list[OpCost]:
+    """The ops that cost more after than before, by the milliseconds they added: why an engine did not get faster."""
+    known = {cost.op: cost.ms for cost in before}
+    added = [cost for cost in after if cost.ms > known.get(cost.op, 0.0)]
+    return sorted(added, key=lambda cost: known.get(cost.op, 0.0) - cost.ms)[:count]

@@ -1,0 +1,178 @@
+"""Insert QuantizeLinear / DequantizeLinear pairs into an ONNX graph: precision lives in the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ldm_deploy.quantize.scheme import Recipe, activation_scale, quantize_bias, quantize_weight
+
+Ranges = Mapping[str, tuple[float, float]]  # tensor name -> interval to represent
+
+
+def select_nodes(model: Any, recipe: Recipe) -> list[Any]:
+    """The nodes that a recipe quantizes: those of its types whose second input is a constant matrix or kernel.
+
+    Attention multiplies activations by activations, so neither of its MatMuls is among them.
+    """
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    chosen = []
+    for node in model.graph.node:
+        if node.op_type not in recipe.op_types or len(node.input) < 2 or node.input[1] not in shapes:
+            continue
+        if node.input[0] in shapes:
+            continue
+        shape = shapes[node.input[1]]
+        if node.op_type == "Conv":
+            if min(shape[0], shape[1]) < recipe.min_channels:
+                continue
+        elif len(shape) != 2 or (node.op_type == "Gemm" and not _plain_gemm(node)):
+            continue
+        chosen.append(node)
+    return chosen
+
+
+def _plain_gemm(node: Any) -> bool:
+    values = {attribute.name: attribute for attribute in node.attribute}
+    return all(
+        getattr(values[name], kind) == plain if name in values else True
+        for name, kind, plain in (("alpha", "f", 1.0), ("beta", "f", 1.0), ("transA", "i", 0))
+    )
+
+
+def tensors_to_observe(nodes: Sequence[Any], recipe: Recipe) -> list[str]:
+    """Activations whose range is needed, in graph order, each once."""
+    names: dict[str, None] = {}
+    for node in nodes:
+        names.setdefault(node.input[0])
+        if node.op_type in recipe.quantize_outputs:
+            names.setdefault(node.output[0])
+    return list(names)
+
+
+def _weight_axis(node: Any) -> int:
+    """The axis of the second input that holds the output channels."""
+    if node.op_type == "Conv":
+        return 0
+    transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
+    return 0 if node.op_type == "Gemm" and transposed else 1
+
+
+def insert_qdq(model: Any, nodes: Sequence[Any], ranges: Ranges, recipe: Recipe) -> None:
+    """Quantize `nodes` of `model` in place. Activations U8 per tensor, weights S8 per output channel, biases S32."""
+    _Inserter(model, nodes, ranges, recipe).run()
+
+
+class _Inserter:
+    def __init__(self, model: Any, nodes: Sequence[Any], ranges: Ranges, recipe: Recipe) -> None:
+        self.graph = model.graph
+        self.recipe = recipe
+        self.ranges = ranges
+        self.chosen = {id(node) for node in nodes}
+        self.initializers = {tensor.name: tensor for tensor in self.graph.initializer}
+        self.scales: dict[str, np.ndarray] = {}  # quantized activation -> scale
+        self.dequantized: dict[str, str] = {}  # tensor -> name of its dequantized form
+        self.new_initializers: dict[str, Any] = {}
+        self.nodes: list[Any] = []
+
+    def run(self) -> None:
+        # The outputs first: a chosen node's output is quantized once and everybody reads the dequantized value.
+        quantized_outputs = {
+            node.output[0]
+            for node in self.graph.node
+            if id(node) in self.chosen and node.op_type in self.recipe.quantize_outputs
+        }
+        for node in self.graph.node:
+            if id(node) not in self.chosen:
+                self.nodes.append(node)
+                continue
+            source = node.input[0]
+            if source not in self.dequantized:
+                self.dequantized[source] = self._activation(source, f"{source}_dequantized")
+            node.input[0] = self.dequantized[source]
+            weight_scale = self._weight(node)
+            if len(node.input) > 2 and node.input[2]:
+                self._bias(node, self.scales[source], weight_scale)
+            self.nodes.append(node)
+            output = node.output[0]
+            if output in quantized_outputs:
+                node.output[0] = f"{output}_float"
+                self._activation(output, output, source=node.output[0])
+                self.dequantized[output] = output
+        self._finish()
+
+    def _constant(self, name: str, value: np.ndarray) -> str:
+        from onnx import numpy_helper
+
+        self.new_initializers[name] = numpy_helper.from_array(value, name)
+        return name
+
+    def _activation(self, tensor: str, result: str, source: str | None = None) -> str:
+        """source -> QuantizeLinear -> DequantizeLinear -> result, with the range that `tensor` was seen to have."""
+        from onnx import helper
+
+        scale, zero_point = activation_scale(*self.ranges[tensor])
+        self.scales[tensor] = scale
+        names = [self._constant(f"{tensor}_scale", scale), self._constant(f"{tensor}_zero_point", zero_point)]
+        quantized = f"{tensor}_quantized"
+        self.nodes.append(
+            helper.make_node("QuantizeLinear", [source or tensor, *names], [quantized], name=f"{tensor}_QuantizeLinear")
+        )
+        self.nodes.append(
+            helper.make_node("DequantizeLinear", [quantized, *names], [result], name=f"{tensor}_DequantizeLinear")
+        )
+        return result
+
+    def _weight(self, node: Any) -> np.ndarray:
+        """Point input 1 at a dequantized int8 constant; returns its scales."""
+        from onnx import helper, numpy_helper
+
+        name, axis = node.input[1], _weight_axis(node)
+        result = f"{name}_dequantized_{axis}"
+        if f"{result}_scale" not in self.new_initializers:
+            quantized, scale = quantize_weight(
+                numpy_helper.to_array(self.initializers[name]), axis, reduce_range=self.recipe.reduce_range
+            )
+            inputs = [
+                self._constant(f"{result}_quantized", quantized),
+                self._constant(f"{result}_scale", scale),
+                self._constant(f"{result}_zero_point", np.zeros(scale.shape, np.int8)),
+            ]
+            self.nodes.append(
+                helper.make_node("DequantizeLinear", inputs, [result], name=f"{result}_DequantizeLinear", axis=axis)
+            )
+        node.input[1] = result
+        return numpy_helper.to_array(self.new_initializers[f"{result}_scale"])
+
+    def _bias(self, node: Any, input_scale: np.ndarray, weight_scale: np.ndarray) -> None:
+        from onnx import helper, numpy_helper
+
+        if node.input[2] not in self.initializers:
+            return
+        bias = numpy_helper.to_array(self.initializers[node.input[2]])
+        result = f"{node.input[2]}_dequantized_{node.output[0]}"
+        quantized, scale = quantize_bias(bias, input_scale, weight_scale)
+        inputs = [
+            self._constant(f"{result}_quantized", quantized),
+            self._constant(f"{result}_scale", scale),
+            self._constant(f"{result}_zero_point", np.zeros(scale.shape, np.int32)),
+        ]
+        self.nodes.append(
+            helper.make_node("DequantizeLinear", inputs, [result], name=f"{result}_DequantizeLinear", axis=0)
+        )
+        node.input[2] = result
+
+    def _finish(self) -> None:
+        """Put nodes and constants in place; drop the float constants that nobody reads any more."""
+        from ldm_deploy.onnx_graph import nodes_of
+
+        nodes = list(self.nodes)
+        del self.graph.node[:]
+        self.graph.node.extend(nodes)
+        used = {name for node in nodes_of(self.graph) for name in node.input} | {out.name for out in self.graph.output}
+        kept = [tensor for tensor in self.graph.initializer if tensor.name in used]
+        del self.graph.initializer[:]
+        self.graph.initializer.extend([*kept, *self.new_initializers.values()])
+        del self.graph.value_info[:]

@@ -1,0 +1,96 @@
+"""What is quantized and how: the recipe, and the arithmetic of scales and zero points.
+
+Affine quantization as ONNX's QuantizeLinear defines it: q = saturate(round(x / scale) + zero_point)
+(Jacob et al. 2018, arXiv:1712.05877, section 2.1). Activations unsigned and asymmetric, weights signed and symmetric
+per output channel: the pair that ONNX Runtime's CPU kernels run natively.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+RANGE_METHODS = ("minmax", "mse", "percentile-99.999", "percentile-99.99")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Which nodes of a graph become INT8. The defaults are for ONNX Runtime on a CPU; see `onnxruntime_cpu.py`."""
+
+    op_types: tuple[str, ...] = ("Conv", "MatMul")
+    min_channels: int = 8  # a convolution with fewer in- or output channels (the first, the last) stays float
+    quantize_outputs: tuple[str, ...] = ("Conv",)  # ops whose INT8 kernel can only write INT8
+    range_method: str = "minmax"  # one of RANGE_METHODS
+    reduce_range: bool = False  # 7-bit weights: without VNNI the 8-bit products saturate in 16-bit sums
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def activation_scale(low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
+    """Scale (float32 scalar) and zero point (uint8 scalar) that cover [low, high] and hold 0 exactly."""
+    low, high = min(low, 0.0), max(high, 0.0)
+    scale = np.float32((high - low) / 255) if high > low else np.float32(1.0)
+    zero_point = np.clip(np.round(-low / float(scale)), 0, 255)
+    return np.array(scale, np.float32), np.array(zero_point, np.uint8)
+
+
+def quantize_weight(weight: np.ndarray, axis: int, *, reduce_range: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """int8 weights and one float32 scale per channel of `axis`, symmetric: w is about q · scale.
+
+    Channels of zeros get scale 1. `reduce_range` uses [-64, 64] instead of [-127, 127].
+    """
+    limit = 64 if reduce_range else 127
+    others = tuple(index for index in range(weight.ndim) if index != axis)
+    largest = np.abs(weight).max(axis=others).astype(np.float64)
+    scale = np.where(largest > 0, largest / limit, 1.0).astype(np.float32)
+    shape = [-1 if index == axis else 1 for index in range(weight.ndim)]
+    quantized = np.clip(np.round(weight / scale.reshape(shape)), -limit, limit).astype(np.int8)
+    return quantized, scale
+
+
+def quantize_bias(bias: np.ndarray, input_scale: np.ndarray, weight_scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """int32 bias on the accumulator's own scale, input_scale · weight_scale (Jacob et al. 2018, eq. 11)."""
+    scale = (np.float64(input_scale) * weight_scale.astype(np.float64)).astype(np.float32)
+    limits = np.iinfo(np.int32)
+    # A dead channel (tiny scale) would overflow: saturate, as the kernel would.
+    quantized = np.clip(np.round(bias.astype(np.float64) / np.maximum(scale, 1e-38)), limits.min, limits.max)
+    return quantized.astype(np.int32), scale
+
+
+def choose_range(histogram: np.ndarray, edges: np.ndarray, method: str) -> tuple[float, float]:
+    """The interval to represent, from a histogram of everything a tensor held.
+
+    "minmax": all of it. "percentile-P": leaves out (100 - P) / 2 percent at either end. "mse": the interval whose
+    8-bit grid has the least expected squared error, clipping included, out of 80 that shrink towards zero.
+    """
+    low, high = float(edges[0]), float(edges[-1])
+    total = histogram.sum()
+    if method == "minmax" or total == 0 or high <= low:
+        return low, high
+    if method.startswith("percentile-"):
+        tail = (100.0 - float(method.removeprefix("percentile-"))) / 200.0
+        cumulative = np.cumsum(histogram) / total
+        first = int(np.searchsorted(cumulative, tail))
+        last = int(np.searchsorted(cumulative, 1.0 - tail))
+        return float(edges[first]), float(edges[min(last + 1, len(edges) - 1)])
+    if method == "mse":
+        centers = (edges[:-1] + edges[1:]) / 2
+        best, best_error = (low, high), np.inf
+        for shrink in np.linspace(0.2, 1.0, 80):
+            # The end nearer to zero (SiLU's -0.28) is short already and is kept.
+            if abs(low) < 0.25 * high:
+                candidate = (low, high * shrink)
+            elif abs(high) < 0.25 * -low:
+                candidate = (low * shrink, high)
+            else:
+                candidate = (low * shrink, high * shrink)
+            step = (max(candidate[1], 0) - min(candidate[0], 0)) / 255
+            outside = np.maximum(centers - candidate[1], 0) + np.maximum(candidate[0] - centers, 0)
+            error = float((histogram * np.where(outside > 0, outside**2, step**2 / 12)).sum())
+            if error < best_error:
+                best, best_error = candidate, error
+        return best
+    raise ValueError(f"range method {method!r} is unknown; allowed: {', '.join(RANGE_METHODS)}")

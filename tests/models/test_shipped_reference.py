@@ -1,0 +1,50 @@
+"""The reference inside the package: it loads, it is as small as promised, and its card is about these very weights."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from ldm_deploy.artifact import verify_manifest
+from ldm_deploy.models.reference import WEIGHTS, load_reference, resolve_reference
+from ldm_deploy.models.torch_engine import torch_pipeline
+
+
+@pytest.fixture(scope="module")
+def directory():
+    return resolve_reference("reference")
+
+
+def test_everything_shipped_stays_within_24_mb(directory):
+    assets = directory.parent
+    assert sum(file.stat().st_size for file in assets.rglob("*") if file.is_file()) <= 24e6
+
+
+def test_weights_are_stored_as_fp16(directory):
+    for name in WEIGHTS:
+        with safe_open(directory / f"{name}.safetensors", "np") as file:
+            assert {file.get_slice(key).get_dtype() for key in file.keys()} == {"F16"}  # noqa: SIM118
+
+
+def test_files_are_those_of_the_manifest_and_the_card_tells_how_they_were_made(directory):
+    verify_manifest(directory)
+    record = json.loads((directory / "training.json").read_text())
+    card = (directory / "README.md").read_text()
+    assert record["command"] in card
+    assert record["data"]["digest"] in card
+    for stage, summary in record["stages"].items():
+        assert summary["steps"] == record["config"][f"{stage}_training"]["steps"]
+
+
+def test_it_draws_what_it_is_asked_for_and_not_one_thing(directory):
+    pipeline = torch_pipeline(load_reference(directory))
+    images = pipeline(["red heart", "red heart", "blue square"], seed=[0, 1, 0], steps=8)
+    assert images.shape == (3, 64, 64, 3)
+    assert images.dtype == np.uint8
+    assert images.std() > 20  # a picture
+    assert np.abs(images[0].astype(float) - images[2]).mean() > 10  # the caption matters
+    again = pipeline("red heart", seed=0, steps=8)
+    assert np.abs(again[0].astype(int) - images[0]).max() <= 1
