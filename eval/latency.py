@@ -94,15 +94,14 @@ class Worker:
 
     def image(self, prompt: str, seed: int, **options: Any) -> tuple[float, np.ndarray]:
         """Draw one image: (milliseconds, uint8 (H, W, 3)). `options`: the pipeline's keyword arguments."""
-        assert self._folder is not None
-        out = self._folder / "image.npy"
+        out = self._files() / "image.npy"
         answer = self._ask({"op": "image", "prompt": prompt, "seed": seed, **options, "out": str(out)})
         return answer["latency_ms"], np.load(out, allow_pickle=False)
 
     def put(self, feeds: Mapping[str, np.ndarray]) -> str:
         """Store feeds for `run`; returns their key."""
-        assert self._folder is not None
-        path = self._folder / f"feeds{len(list(self._folder.glob('feeds*.npz')))}.npz"
+        folder = self._files()
+        path = folder / f"feeds{len(list(folder.glob('feeds*.npz')))}.npz"
         arrays: dict[str, Any] = dict(feeds)
         np.savez(path, allow_pickle=False, **arrays)
         return str(path)
@@ -132,6 +131,11 @@ class Worker:
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
+
+    def _files(self) -> Path:
+        if self._folder is None:
+            raise WorkerError(f"{self.name}: its worker is not running")
+        return self._folder
 
     def _listen(self, stream: Any) -> None:
         with stream:

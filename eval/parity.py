@@ -132,13 +132,13 @@ def explain(result: ParityResult, component: str, name: str) -> str:
 
 def write_probes(path: Path, probes: Sequence[Probe]) -> None:
     """One safetensors file: `input.<name>.<i>` and `output.<name>.<i>`."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     arrays: Arrays = {}
     for index, probe in enumerate(probes):
         arrays |= {f"input.{name}.{index}": np.ascontiguousarray(value) for name, value in probe.inputs.items()}
         arrays |= {f"output.{name}.{index}": np.ascontiguousarray(value) for name, value in probe.outputs.items()}
-    save_file(arrays, str(path))
+    path.write_bytes(save(arrays))
 
 
 def read_probes(path: Path) -> list[Probe]:

@@ -158,7 +158,7 @@ def _quiet_exporter() -> Iterator[None]:
     """torch and onnxscript warn about their own innards; what matters is checked on the result."""
     import logging
 
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.__trace", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:

@@ -41,7 +41,7 @@ TIMESTEP_BINS = 10
 PER_STRATUM = 2  # samples kept per timestep bin and kind of call
 DECODER_SAMPLES = 16
 # Steps and whether guidance is used. Few-step trajectories pass through other latents than long ones.
-TRAJECTORIES = ((50, True), (25, False), (10, True), (5, False))
+TRAJECTORIES = ((25, True), (20, False), (10, True), (5, False))
 
 
 class Samples:

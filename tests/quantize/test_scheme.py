@@ -66,7 +66,7 @@ def test_methods_on_a_tensor_with_one_outlier() -> None:
 
     errors = {method: error(*ranges[method]) for method in RANGE_METHODS}
     assert min(errors, key=lambda method: errors[method]) == "mse"
-    assert errors["mse"] < 0.7 * errors["minmax"]
+    assert errors["mse"] < 0.9 * errors["minmax"]
 
 
 @pytest.mark.parametrize("method", RANGE_METHODS)
