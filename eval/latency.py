@@ -30,6 +30,8 @@ from ldm_deploy.eval.metrics import ratio_ci
 
 __all__ = ["Worker", "WorkerError", "compare_engines", "interleaved", "machine", "summary", "warm_up"]
 
+LEAST_ROUNDS = 5  # whatever the time limit says: fewer have no useful interval
+
 T = TypeVar("T")
 
 
@@ -208,20 +210,21 @@ def interleaved(
     *,
     seed: int = 0,
     time_limit_s: float | None = None,
+    least: int = 1,
     after: Callable[[], object] | None = None,
 ) -> tuple[dict[str, list[T]], dict[str, str]]:
     """In every round `call(worker, round)` once per worker, in random order, one at a time.
 
     Returns (name -> one result per round, name -> reason of those that failed). A worker that fails is ended and takes
-    no part in later rounds; its results are dropped, the others' stay paired. After `time_limit_s` no new round begins.
-    `after` is called after every call.
+    no part in later rounds; its results are dropped, the others' stay paired. After `time_limit_s` no new round begins,
+    once there were `least`. `after` is called after every call.
     """
     rng = np.random.default_rng(seed)
     results: dict[str, list[T]] = {worker.name: [] for worker in workers}
     failed: dict[str, str] = {}
     start = time.monotonic()
     for index in range(rounds):
-        if index > 0 and time_limit_s is not None and time.monotonic() - start > time_limit_s:
+        if index >= least and time_limit_s is not None and time.monotonic() - start > time_limit_s:
             break
         for place in rng.permutation(len(workers)):
             worker = workers[int(place)]
@@ -282,7 +285,12 @@ def compare_engines(
                 failed[worker.name] = str(error)
                 ready.remove(worker)
         samples, broken = interleaved(
-            ready, lambda worker, _: worker.run(keys[worker.name])[0], rounds, seed=seed, time_limit_s=time_limit_s
+            ready,
+            lambda worker, _: worker.run(keys[worker.name])[0],
+            rounds,
+            seed=seed,
+            time_limit_s=time_limit_s,
+            least=LEAST_ROUNDS,
         )
     finally:
         for worker in workers:

@@ -10,7 +10,7 @@ import numpy as np
 
 from ldm_deploy.errors import ParityError
 from ldm_deploy.eval.grid import Grid
-from ldm_deploy.eval.latency import Worker, WorkerError, interleaved, start_all, warm_up
+from ldm_deploy.eval.latency import LEAST_ROUNDS, Worker, WorkerError, interleaved, start_all, warm_up
 from ldm_deploy.eval.parity import Probe, read_probes
 from ldm_deploy.progress import task
 
@@ -141,7 +141,12 @@ def _time_component(
     stands = [Stand(engine, worker, component, feeds) for engine, worker in engines.items()]
     stands = [stand for stand in stands if stand.warm()]
     samples, _ = interleaved(
-        stands, lambda stand, _: stand.run(), COMPONENT_ROUNDS, seed=seed, time_limit_s=COMPONENT_SECONDS
+        stands,
+        lambda stand, _: stand.run(),
+        COMPONENT_ROUNDS,
+        seed=seed,
+        time_limit_s=COMPONENT_SECONDS,
+        least=LEAST_ROUNDS,
     )
     return samples
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ldm_deploy.errors import EvaluationError
+from ldm_deploy.errors import DataError, EvaluationError
 from ldm_deploy.eval.grid import Grid, load_grid
 from ldm_deploy.eval.lpips_distance import Lpips
 from ldm_deploy.eval.metrics import psnr_db_each, ssim
@@ -84,31 +85,28 @@ def psnr_db_inside(reference: np.ndarray, candidate: np.ndarray, mask: np.ndarra
     return np.asarray(10 * np.log10(255**2 / np.maximum(mse, 1e-10 * 255**2)))  # equal pixels count as 100 dB
 
 
-def reconstruct_photographs(pipeline: Pipeline) -> list[dict[str, Any]]:
+def reconstruct_photographs(pipeline: Pipeline) -> dict[str, dict[str, Any]]:
     """scikit-learn's two photographs, never trained on, box-resized to half, rounded down to multiples of 64."""
     from PIL import Image
 
-    from ldm_deploy.errors import DataError
     from ldm_deploy.training.data import held_out_photographs
 
     try:
         photographs = held_out_photographs()
     except DataError as error:
-        return [{"name": "china.jpg, flower.jpg", "size": None, "psnr_db": None, "ssim": None, "reason": str(error)}]
-    rows = []
+        return {"none": {"size": None, "psnr_db": None, "ssim": None, "reason": str(error)}}
+    unit = math.lcm(64, pipeline.model["size_multiple"])
+    rows: dict[str, dict[str, Any]] = {}
     for name, photograph in photographs.items():
-        height, width = (max(64, length // 2 // 64 * 64) for length in photograph.shape[:2])
+        height, width = (max(unit, length // 2 // unit * unit) for length in photograph.shape[:2])
         resized = np.asarray(Image.fromarray(photograph).resize((width, height), Image.Resampling.BOX))[None]
         rebuilt = reconstruct(pipeline, resized)
-        rows.append(
-            {
-                "name": name,
-                "size": [height, width],
-                "psnr_db": float(psnr_db_each(resized, rebuilt, peak=255)[0]),
-                "ssim": float(ssim(resized, rebuilt, peak=255)[0]),
-                "reason": None,
-            }
-        )
+        rows[name] = {
+            "size": f"{height}x{width}",
+            "psnr_db": float(psnr_db_each(resized, rebuilt, peak=255)[0]),
+            "ssim": float(ssim(resized, rebuilt, peak=255)[0]),
+            "reason": None,
+        }
     return rows
 
 
@@ -128,6 +126,10 @@ def retrieve(pipeline: Pipeline, images: ImageSet, grid: Grid, *, steps: int | N
 
     Distance: LPIPS where its weights are there, else the root mean squared pixel difference; `method` names it.
     """
+    there = {base_text(text) for text in images.texts}
+    absent = [prompt for prompt in grid.prompts if prompt not in there]
+    if absent:
+        return {"rate": None, "n": 0, "reason": f"the data has no image of {absent[0]!r}, so it cannot be retrieved"}
     drawn = []
     with task("drawing samples", len(grid.pairs)) as advance:
         for prompt, seed in grid.pairs:

@@ -7,6 +7,7 @@ named by the digest of its content, so that every engine built from it can say s
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ldm_deploy.errors import QuantizationError
+from ldm_deploy.errors import PromptError, QuantizationError
 
 if TYPE_CHECKING:
     from ldm_deploy.runtime.pipeline import Pipeline
@@ -35,7 +36,7 @@ PROMPTS = (
     "blue heart",
     "crying face",
     "snowflake",
-    "house with garden",
+    "house",
 )
 TIMESTEP_BINS = 10
 PER_STRATUM = 2  # samples kept per timestep bin and kind of call
@@ -202,6 +203,7 @@ def collect(
     """
     from ldm_deploy.progress import task
 
+    prompts = _fitting(pipeline, prompts)
     collector = Collector(pipeline.schedule.num_train_timesteps, seed, per_stratum)
     taps = {"unet": Tap(pipeline.components["unet"], collector.offer_unet)}
     if decode:
@@ -225,6 +227,16 @@ def collect(
         ],
     }
     return CalibrationSet(source, collector.arrays(), details)
+
+
+def _fitting(pipeline: Pipeline, prompts: Sequence[str]) -> list[str]:
+    """The prompts that the model's context can hold; the empty one if it holds none of them."""
+    fitting = []
+    for prompt in prompts:
+        with contextlib.suppress(PromptError):
+            pipeline.tokenizer.encode([prompt])
+            fitting.append(prompt)
+    return fitting or [""]
 
 
 def write_calibration(calibration: CalibrationSet, path: Path) -> None:
@@ -255,7 +267,7 @@ def read_calibration(path: Path) -> CalibrationSet:
     beside = path.with_suffix(".json")
     try:
         record = json.loads(beside.read_text(encoding="utf-8"))
-        with np.load(path, allow_pickle=False) as stored:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             flat = {name: stored[name] for name in stored.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zipfile.error) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

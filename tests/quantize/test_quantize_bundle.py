@@ -148,7 +148,7 @@ def test_a_wrong_engine_is_refused_whatever_its_speed(
     for entry in data["refused"]:
         assert not entry["parity"]["passed"]
         assert entry["speedup"] is None
-        assert "differs from the reference: output 'prediction' on the probe sample" in entry["reason"]
+        assert "differs from the reference: output 'prediction' on the probe " in entry["reason"]
 
 
 def heavier(path: Path, out: Path) -> Path:
@@ -223,7 +223,7 @@ def test_a_foreign_calibration_file_is_refused(source: Path, tmp_path: Path) -> 
 
 
 def test_what_cannot_be_quantized_is_said(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(QuantizationError, match="text_encoder cannot be quantized: .* recipes for unet, vae_decoder"):
+    with pytest.raises(QuantizationError, match=r"text_encoder cannot be quantized: .* recipes for unet, vae_decoder"):
         quantize_bundle(source, tmp_path / "out", components=["text_encoder"])
     with pytest.raises(StageMissingError, match="'openvino-cpu' is not built yet"):
         quantize_bundle(source, tmp_path / "out", target="openvino-cpu")
