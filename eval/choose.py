@@ -29,12 +29,12 @@ def figures(row: Row, baseline: Row) -> dict[str, Measured]:
     speed = row["speedup"]
     if speed is None:
         whose = row if row["latency_ms"] is None else baseline
-        found["speedup_min"] = Measured(None, reason=f"{whose['name']} was not timed: {whose['reason']}")
+        found["speedup_min"] = Measured(None, reason=f"{whose['name']} was not timed; its row says why")
     else:
         low, high = speed["ci95_low"], speed["ci95_high"]
         found["speedup_min"] = _spread(speed["median"], None if low is None else (low, high), None)
     for limit, name in (("peak_memory_max", "peak_memory_bytes"), ("size_max", "size_bytes")):
-        reason = None if row[name] is not None else f"{row['name']} was not loaded: {row['reason']}"
+        reason = None if row[name] is not None else f"{row['name']} was not loaded; its row says why"
         found[limit] = Measured(row[name], reason=reason, baseline=baseline[name])
     return found
 
@@ -89,6 +89,8 @@ def choose(rows: Sequence[Row], baseline: Row) -> tuple[str | None, str]:
     )
     if not fit:
         what = "No variant keeps its budget." if rows else "The bundle has no variants."
+        if baseline["status"] != "ok":
+            what += f" {baseline['name']} was not measured: {baseline['reason']}."
         return None, what + others
     best = max(fit, key=_speed)
     slower = [row["name"] for row in fit if row is not best]

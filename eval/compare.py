@@ -108,7 +108,7 @@ def judge(
         backbone = budget.limits_for(row["name"]).lpips_backbone
         if backbone not in lpips:
             lpips[backbone] = Lpips(backbone)
-        add_quality(row, found, grid, lpips[backbone], baseline, seed)
+        add_quality(row, found, grid, lpips[backbone], seed)
         add_comparisons(row, rows, found, seed)
     rows = add_refused(rows, data.get("refused", []))
     for row in rows:

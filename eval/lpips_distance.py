@@ -5,6 +5,7 @@ Nothing is downloaded: `make setup` (eval/fetch_backbone.py) tries once, and wit
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import warnings
 from collections.abc import Iterator
@@ -51,12 +52,10 @@ class Lpips:
             )
             return
         try:
-            self._network = _build(backbone, torch.load(file, map_location="cpu", weights_only=True))
+            self._network, self.weights_sha256 = _load(backbone, file, file.stat().st_mtime_ns)
         except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, KeyError ... for damage
             first = (str(error).splitlines() or [type(error).__name__])[0]
             self.reason = f"the LPIPS backbone {file} cannot be read ({first}); delete it and run `make setup`"
-            return
-        self.weights_sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
 
     @property
     def available(self) -> bool:
@@ -122,18 +121,20 @@ class Lpips:
         return self._network
 
 
-def _build(backbone: str, weights: dict[str, Tensor]) -> Any:
-    """The published heads on the given backbone. lpips itself would go through torchvision, which downloads."""
+@functools.cache
+def _load(backbone: str, file: Path, modified_ns: int) -> tuple[Any, str]:
+    """(the published heads on the backbone in `file`, its sha256). lpips itself might download, through torchvision."""
     import lpips
     import torch
 
+    weights = torch.load(file, map_location="cpu", weights_only=True)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")  # lpips calls torchvision by names that it deprecates
         network = lpips.LPIPS(net=backbone, pnet_rand=True, verbose=False)
     # torchvision's "features.3.squeeze.weight" is lpips' "slice2.3.squeeze.weight"
     ours = network.net.state_dict()
     network.net.load_state_dict({key: weights["features." + key.partition(".")[2]] for key in ours})
-    return network.eval().requires_grad_(False)
+    return network.eval().requires_grad_(False), hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _tensor(images: np.ndarray) -> Tensor:

@@ -110,6 +110,7 @@ def _component(engine: Mapping[str, Any], bundle: Mapping[str, Any], found: Meas
         "parity": engine.get("parity"),
         "latency_ms": None if own is None else summary(own),
         "speedup": None,
+        "costly_ops": None,
     }
     if own is not None and other is not None:
         paired = min(len(own), len(other))
@@ -129,13 +130,12 @@ def _sibling(
     return BASELINE, samples.get(BASELINE)
 
 
-def add_quality(row: Row, found: Measured, grid: Grid, lpips: Lpips, baseline: Row, seed: int) -> None:
+def add_quality(row: Row, found: Measured, grid: Grid, lpips: Lpips, seed: int) -> None:
     """Fill in `quality` and `images`; a variant that draws flat images where the baseline does not has failed."""
     name = row["name"]
     if name not in found.images or BASELINE not in found.images:
         whose = name if name not in found.images else BASELINE
-        why = (baseline if whose == BASELINE else row)["reason"] or "it drew no images"
-        row["quality"] = {metric: not_measured(f"{whose} has no images: {why}") for metric in METRICS}
+        row["quality"] = {metric: not_measured(f"{whose} drew no images; its row says why") for metric in METRICS}
         row["quality"]["lpips"] |= {"backbone": lpips.backbone, "weights_sha256": lpips.weights_sha256}
         return
     reference, candidate = found.images[BASELINE], found.images[name]
@@ -175,6 +175,7 @@ def add_refused(rows: Sequence[Row], refused: Sequence[Mapping[str, Any]]) -> li
         }
         row["reason"] = "it was not drawn with: an earlier stage refused it"
         row["quality"] = {metric: not_measured("refused before images were drawn") for metric in METRICS}
+        row["quality"]["lpips"] |= {"backbone": None, "weights_sha256": None}
         row["components"] = [
             {
                 "name": entry.get("component", ""),

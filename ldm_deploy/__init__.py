@@ -1,11 +1,14 @@
-"""Deployment toolchain for latent diffusion models: a model goes in, a bundle of engines that proved themselves comes out.
+"""Deployment toolchain for latent diffusion: a model goes in, a bundle of engines that proved themselves comes out.
 
-An application needs `load` alone; importing this package loads no engine library and no torch.
+An application needs `load`, and `LdmDeployError` to catch what can go wrong; importing this package loads no engine
+library and no torch.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+
+from ldm_deploy.errors import LdmDeployError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -13,7 +16,7 @@ if TYPE_CHECKING:
     from ldm_deploy.runtime.pipeline import Pipeline
 
 __version__ = "0.1.0"
-__all__ = ["load"]
+__all__ = ["LdmDeployError", "load"]
 
 
 def load(

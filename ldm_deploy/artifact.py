@@ -1,6 +1,6 @@
 """Files and directories that are either whole or absent: atomic writes, digests, manifests.
 
-Write beside, flush to disk, rename; the manifest last.
+Write beside, flush to disk, rename; the manifest last. What a killed process left behind is swept by the next writer.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
-import tempfile
+import threading
 from collections.abc import Iterator, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from ldm_deploy.errors import ArtifactError
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
+# A directory with one of these was written by one of our stages and may be replaced by the next run.
+MARKS = (MANIFEST, "bundle.json", "report.json")
 
 
 def file_digest(path: Path) -> str:
@@ -37,6 +39,7 @@ def content_key(ingredients: Mapping[str, Any]) -> str:
 
 def tool_versions(*names: str) -> dict[str, str]:
     """Installed versions by distribution name; "absent" where there is none."""
+    from importlib import metadata
 
     def version(name: str) -> str:
         try:
@@ -47,39 +50,32 @@ def tool_versions(*names: str) -> dict[str, str]:
     return {name: version(name) for name in names}
 
 
-@contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """A full disk or a folder without write permission becomes one line with the remedy."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ArtifactError(
-                f"the disk is full while writing {path}; nothing there was changed: "
-                "free some space and run the same command again"
-            ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise ArtifactError(f"{path} cannot be written ({error.strerror}); choose another place") from error
-        raise
-
-
 def atomic_write_bytes(path: Path, content: bytes) -> None:
-    """Replace `path` by a file with `content`; a kill at any moment leaves the old file or the new one."""
+    """Replace `path` by a file with `content`; a kill at any moment leaves the old file or the new one.
+
+    A device or pipe (`/dev/stdout`) is written to as it is. Raises `ArtifactError` if the disk is full, or the place
+    cannot be written.
+    """
     path = Path(path)
-    with _explained(path):
+    with _explained(path, size_bytes=len(content)):
+        if path.is_dir():
+            raise ArtifactError(f"{path} is a directory; give the name of a file")
+        if path.exists() and not path.is_file():
+            path.write_bytes(content)
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        _sweep(path, ("part",))
+        part = path.with_name(f".{path.name}.part-{os.getpid()}-{threading.get_ident()}")
         try:
-            with os.fdopen(handle, "wb") as file:
+            with open(part, "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(name, 0o644)
-            os.replace(name, path)
+            os.replace(part, path)
         except BaseException:
-            Path(name).unlink(missing_ok=True)
+            part.unlink(missing_ok=True)
             raise
-        _sync_directory(path.parent)
+        _sync(path.parent)
 
 
 def atomic_write_json(path: Path, data: Any) -> None:
@@ -93,57 +89,89 @@ def staged_directory(out: Path) -> Iterator[Path]:
     """Yield an empty directory beside `out`; when the block ends it is renamed to `out`, whatever was there is removed.
 
     An exception removes it and leaves `out` as it was. Staging directories of processes that died are swept away.
+    Raises `ArtifactError` before the block if `out` is a file, or a directory that none of our stages wrote: a wrong
+    `--out` must not cost anybody's files.
     """
-    out = Path(os.path.abspath(out))
+    out = Path(os.path.realpath(out))
     with _explained(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(out)
-        staging = out.parent / f".{out.name}.staging-{os.getpid()}"
+        _sweep(out, ("staging", "old"))
+        check_replaceable(out)
+        staging = out.with_name(f".{out.name}.staging-{os.getpid()}")
         staging.mkdir()
         try:
             yield staging
-            for path in staging.rglob("*"):
-                if path.is_file() and not path.is_symlink():
-                    with open(path, "rb") as file:
-                        os.fsync(file.fileno())
-            if out.exists():
-                old = out.parent / f".{out.name}.old-{os.getpid()}"
-                os.replace(out, old)
-                os.replace(staging, out)
-                shutil.rmtree(old)
-            else:
-                os.replace(staging, out)
-            _sync_directory(out.parent)
+            for folder, _, names in os.walk(staging, topdown=False):
+                for name in names:
+                    _sync(Path(folder, name))
+                _sync(Path(folder))
+            _swap(staging, out)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
 
 
-def _sweep(out: Path) -> None:
-    """Remove what dead processes left beside `out`; bring back the old `out` if one died between its two renames."""
-    for path in sorted(out.parent.glob(f".{out.name}.*-*")):
-        kind, _, process = path.name.removeprefix(f".{out.name}.").partition("-")
-        if kind not in ("staging", "old") or not process.isdecimal():
+def check_replaceable(out: Path) -> None:
+    """Raises `ArtifactError` unless `out` is absent, empty or ours. Ask before the work, not after it."""
+    if out.exists() and not out.is_dir():
+        raise ArtifactError(f"{out} is a file and a directory is to be written; choose another place")
+    there = sorted(os.listdir(out)) if out.exists() else []
+    if there and not set(MARKS) & set(there):
+        raise ArtifactError(
+            f"{out} would be replaced and was not written by ldm-deploy (it holds {there[0]!r}); "
+            "choose a new or empty directory"
+        )
+
+
+def _swap(staging: Path, out: Path) -> None:
+    """Put `staging` in the place of `out`. A death between the two renames is mended by the next `_sweep`."""
+    if not out.exists():
+        os.replace(staging, out)
+    else:
+        old = out.with_name(f".{out.name}.old-{os.getpid()}")
+        os.replace(out, old)
+        try:
+            os.replace(staging, out)
+        except BaseException:
+            os.replace(old, out)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    _sync(out.parent)
+
+
+def _sweep(path: Path, kinds: tuple[str, ...]) -> None:
+    """Remove what dead processes left beside `path`; bring back the old one if one died between its two renames."""
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.({'|'.join(kinds)})-(\d+)(-\d+)?")
+    for name in sorted(os.listdir(path.parent)):
+        found = pattern.fullmatch(name)
+        if found is None:
             continue
-        if int(process) != os.getpid() and _alive(int(process)):
-            continue
-        if kind == "old" and not out.exists():
-            os.replace(path, out)
-        else:
-            shutil.rmtree(path, ignore_errors=True)
+        kind, process = found[1], int(found[2])
+        mine = process == os.getpid()
+        if kind == "part":
+            if not mine and not _alive(process):
+                path.with_name(name).unlink(missing_ok=True)
+        elif mine or not _alive(process):
+            if kind == "old" and not path.exists():
+                os.replace(path.with_name(name), path)
+            else:
+                shutil.rmtree(path.with_name(name), ignore_errors=True)
 
 
 def _alive(process: int) -> bool:
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         return True
     return True
 
 
-def _sync_directory(path: Path) -> None:
+def _sync(path: Path) -> None:
+    """Flush a file or a directory's entries to disk; links have nothing of their own to flush."""
+    if path.is_symlink():
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -151,12 +179,45 @@ def _sync_directory(path: Path) -> None:
         os.close(handle)
 
 
+@contextlib.contextmanager
+def _explained(path: Path, size_bytes: int | None = None) -> Iterator[None]:
+    """What a disk or a folder can refuse becomes one line with the remedy."""
+    try:
+        yield
+    except Exception as error:
+        if is_full_disk(error):
+            needed = "" if size_bytes is None else f" ({size_bytes} bytes needed)"
+            raise ArtifactError(
+                f"the disk is full while writing {path}{needed}; nothing there was changed: "
+                "free some space and run the same command again"
+            ) from error
+        if not isinstance(error, OSError):
+            raise
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            place = path if error.filename is None else error.filename
+            raise ArtifactError(f"{place} cannot be used ({error.strerror}); choose another place") from error
+        if error.errno in (errno.EBUSY, errno.EXDEV):
+            raise ArtifactError(
+                f"{path} cannot be replaced, as a mount point cannot; choose a directory inside it"
+            ) from error
+        if error.errno in (errno.ENOTDIR, errno.EEXIST):
+            raise ArtifactError(f"a part of {path} is a file, not a directory; choose another place") from error
+        raise
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """By number, or by the words of libraries that raise their own kind (safetensors, ONNX Runtime, numpy)."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return bool(re.search(rf"{os.strerror(errno.ENOSPC)}|\d+ requested and \d+ written", str(error)))
+
+
 def write_manifest(directory: Path, kind: str, key: str, parents: Mapping[str, str]) -> None:
     """Record digest and size of every file in `directory` (the manifest itself left out)."""
     files = {
         path.relative_to(directory).as_posix(): {"sha256": file_digest(path), "size": path.stat().st_size}
         for path in sorted(directory.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
+        if path.is_file() and path != directory / MANIFEST
     }
     data = {"format": MANIFEST_FORMAT, "kind": kind, "key": key, "parents": dict(parents), "files": files}
     atomic_write_json(directory / MANIFEST, data)
@@ -167,10 +228,12 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     path = directory / MANIFEST
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} cannot be read ({error}); restore the directory or make it again") from None
     if not isinstance(data, dict) or data.get("format") != MANIFEST_FORMAT:
         raise ArtifactError(f"{path} is not of format {MANIFEST_FORMAT}, which this version reads; upgrade ldm_deploy")
+    if not isinstance(data.get("files"), dict):
+        raise ArtifactError(f"{path} has no list of files; restore the directory or make it again")
     return data
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import errno
 import json
 import re
 import time
@@ -26,15 +25,6 @@ COMPONENTS_BUILT = ("text_encoder", "unet", "vae_encoder", "vae_decoder")
 PRECISIONS = ("fp32", "fp16", "bf16")
 PRECISIONS_BUILT = ("fp32",)
 IMAGE_FORMATS = {".png": "PNG", ".bmp": "BMP"}
-
-# Packages that do not come with the base installation, and the extra that brings them; others: `export`.
-EXTRAS = {
-    "nncf": "openvino",
-    "openvino": "openvino",
-    "skimage": "train",
-    "sklearn": "train",
-    "tensorrt": "tensorrt",
-}
 
 
 def check_words(
@@ -80,10 +70,11 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
 
 def explain(error: Exception) -> str | None:
     """One line with the remedy where the machine lacks space, rights, memory or a package; None for a bug."""
+    from ldm_deploy.artifact import is_full_disk
+
     link: BaseException | None = error
-    while link is not None:  # libraries wrap it; safetensors and torch keep only the text
-        full = isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full or "No space left on device" in str(link):
+    while link is not None:  # libraries wrap it
+        if is_full_disk(link):
             name = getattr(link, "filename", None)
             where = f" (writing {name})" if name else ""
             return f"the disk is full{where}; free some space and run the same command again"
@@ -94,8 +85,7 @@ def explain(error: Exception) -> str | None:
         return "out of memory; close other programs, or use a smaller size"
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("ldm_deploy"):
         package = error.name.partition(".")[0]
-        extra = EXTRAS.get(package, "export")
-        return f"the package {package!r} is not installed; install it: pip install 'ldm-deploy[{extra}]'"
+        return f"the package {package!r} is not installed; install what is missing: pip install 'ldm-deploy[all-cpu]'"
     return None
 
 
@@ -154,8 +144,9 @@ def draw(
     started = time.perf_counter()
     pipeline = ldm_deploy.load(bundle, variant=variant, threads=threads)
     loaded = time.perf_counter()
-    with task("drawing", request["steps"] or pipeline.defaults.steps) as advance:
-        pixels = pipeline(prompt, on_step=lambda *_: advance(), **request)[0]
+    given = {key: value for key, value in request.items() if value is not None}
+    with task("drawing", given.get("steps", pipeline.steps)) as advance:
+        pixels = pipeline(prompt, on_step=lambda *_: advance(), **given)[0]
     drawn = time.perf_counter()
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format=IMAGE_FORMATS[out.suffix.lower()])

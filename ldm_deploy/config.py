@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import tomllib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -44,7 +45,11 @@ class UNetConfig:
 
 @dataclass(frozen=True)
 class StageConfig:
-    """One training stage. Learning rate: linear warm-up, then a cosine to zero at `steps`."""
+    """One training stage.
+
+    Learning rate: linear warm-up, then a cosine to zero at `steps`; at each step of `restarts` the cosine has reached
+    zero and starts again at the full rate.
+    """
 
     steps: int
     batch_size: int
@@ -54,6 +59,7 @@ class StageConfig:
     ema_decay: float = 0.999
     clip_norm: float = 1.0
     checkpoint_every: int = 200  # steps
+    restarts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,11 +88,11 @@ class Config:
     def __post_init__(self) -> None:
         for section, model in (("autoencoder", self.autoencoder), ("unet", self.unet)):
             if not model.channels or min(model.channels) < 1:
-                raise ConfigError(f"{section}.channels is {list(model.channels)}; give one width of 1 or more per level")
+                raise ConfigError(f"{section}.channels is {list(model.channels)}; give a width of 1 or more per level")
         if self.resolution % self.size_multiple or self.resolution < self.size_multiple:
             raise ConfigError(
                 f"resolution is {self.resolution}; it must be a multiple of {self.size_multiple} "
-                f"(autoencoder downsampling {self.autoencoder.downsampling} x U-Net {2 ** (len(self.unet.channels) - 1)})"
+                f"(autoencoder {self.autoencoder.downsampling} x U-Net {2 ** (len(self.unet.channels) - 1)})"
             )
         levels = range(len(self.unet.channels))
         for level in self.unet.attention_levels:
@@ -109,6 +115,11 @@ class Config:
             for name in ("steps", "batch_size", "checkpoint_every"):
                 if getattr(getattr(self, stage), name) < 1:
                     raise ConfigError(f"{stage}.{name} is {getattr(getattr(self, stage), name)}; give 1 or more")
+            bounds = (0, *getattr(self, stage).restarts, getattr(self, stage).steps)
+            if any(later <= earlier for earlier, later in itertools.pairwise(bounds)):
+                raise ConfigError(
+                    f"{stage}.restarts is {list(bounds[1:-1])}; give rising steps between 0 and {bounds[-1]}"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         return {"format": 1, **asdict(self)}
@@ -116,10 +127,11 @@ class Config:
 
 # name       (autoencoder: steps, batch, rate)   (diffusion: steps, batch, rate)   changed models
 PRESETS: dict[str, Config] = {
-    "reference": Config("reference", StageConfig(3200, 16, 2.0e-3), StageConfig(9000, 32, 1.0e-3)),
+    "reference": Config("reference", StageConfig(3200, 16, 2.0e-3), StageConfig(16000, 32, 1.0e-3, restarts=(9000,))),
     "quick":     Config("quick",     StageConfig( 450, 16, 2.0e-3), StageConfig( 500, 16, 1.0e-3)),
     "tiny":      Config("tiny",      StageConfig(   4,  2, 1.0e-3), StageConfig(   4,  2, 1.0e-3), resolution=32,
-                        autoencoder=AutoencoderConfig((8, 8, 16)), unet=UNetConfig((16, 32), head_channels=16, attention_levels=(1,)),
+                        autoencoder=AutoencoderConfig((8, 8, 16)),
+                        unet=UNetConfig((16, 32), head_channels=16, attention_levels=(1,)),
                         text_encoder=TextEncoderConfig(512, 16, 32, 1, 16)),
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The whole road: a reference goes in, the fastest variant that keeps the budget comes out, in a bundle with its report.
+"""The whole road: a reference goes in, a bundle with the fastest variant that keeps the budget comes out.
 
 Beside `cli` this is the one module of the core that knows the stages.
 """
@@ -11,7 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ldm_deploy.artifact import atomic_write_json, content_key, file_digest, staged_directory, tool_versions
+from ldm_deploy.artifact import (
+    atomic_write_json,
+    check_replaceable,
+    content_key,
+    file_digest,
+    staged_directory,
+    tool_versions,
+)
 from ldm_deploy.errors import ConfigError
 from ldm_deploy.progress import note
 
@@ -28,7 +35,7 @@ def optimize(
     seed: int = 0,
     threads: int | None = None,
 ) -> dict[str, Any]:
-    """Export, quantize, evaluate and bundle `source` ("reference" or a reference directory); returns report.json's content.
+    """Export, quantize, evaluate and bundle `source` ("reference" or a directory); returns report.json's content.
 
     Stages are kept in `<out>.stages/` under the digest of everything that went in, so that the same command, started
     again after it was killed, goes on where it stopped. `out` appears, or is replaced, only when it is complete.
@@ -44,6 +51,7 @@ def optimize(
     for target in targets:
         if target not in TARGETS:
             raise ConfigError(f"target {target!r} is not built yet; there is: {', '.join(TARGETS)}")
+    check_replaceable(out)
     limits = load_budget(budget)
     reference = resolve_reference(source)
     stages = out.with_name(out.name + ".stages")
@@ -59,7 +67,14 @@ def optimize(
     quantized = stages / "quantized"
     key = _stage(
         quantized,
-        {"onnx": key, "targets": list(targets), "seed": seed, "budget": limits.digest, "machine": fingerprint, "threads": threads},
+        {
+            "onnx": key,
+            "targets": list(targets),
+            "seed": seed,
+            "budget": limits.digest,
+            "machine": fingerprint,
+            "threads": threads,
+        },
         lambda directory: quantize_bundle(
             exported, directory, target=targets[0], budget=limits, seed=seed, threads=threads
         ),

@@ -209,8 +209,8 @@ def wrapped() -> Exception:
         (RuntimeError("IoError: No space left on device"), "error: the disk is full; free some space and run the"),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), "error: Permission denied: /x; check the path"),
         (MemoryError(), "error: out of memory; "),
-        (ModuleNotFoundError("no", name="torch"), "error: the package 'torch' is not installed; install it: pip"),
-        (ModuleNotFoundError("no", name="skimage.data"), "pip install 'ldm-deploy[train]'"),
+        (ModuleNotFoundError("no", name="torch"), "error: the package 'torch' is not installed; install"),
+        (ModuleNotFoundError("no", name="skimage.data"), "the package 'skimage' is not installed; install what is missing: pip install"),
     ],
 )
 def test_what_the_machine_lacks_is_one_line(ldm_deploy_cli: Cli, stage: Any, error: Exception, message: str) -> None:

@@ -40,6 +40,7 @@ def test_toml_changes_what_it_names_and_nothing_else(tmp_path):
         ("[text_encoder]\nwidth = 100", r"text_encoder\.width is 100"),
         ("caption_dropout = 1.5", "caption_dropout is 1.5; allowed: 0 to 1"),
         ("[diffusion_training]\nsteps = 0", r"diffusion_training\.steps is 0"),
+        ("[diffusion_training]\nrestarts = [20, 10]", r"restarts is \[20, 10\]; give rising steps between 0 and"),
         ("[schedule]\nbeta_schedule = 'cosy'", "beta_schedule is 'cosy'; allowed: linear, scaled_linear"),
         ("[schedule]\nprediction_type = 'epsilon'", "needs prediction_type = 'v_prediction'"),
         ("preset = 'huge'", "preset is 'huge'; allowed: reference, quick, tiny"),

@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -85,6 +86,33 @@ def test_every_command_is_in_the_readme(root: Path) -> None:
     text = (root / "README.md").read_text("utf-8")
     built = {str(command.name) for command in app.registered_commands} - {"distill", "analyze"}
     assert {name for name in built if f"ldm-deploy {name} " not in text} == set()
+
+
+def test_python_blocks_run(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a toy bundle in the place of the one that `make export` writes."""
+    import numpy as np
+
+    from tests.tiny_bundle import write_tiny_bundle
+
+    write_tiny_bundle(tmp_path / "build" / "reference")
+    monkeypatch.chdir(tmp_path)
+    found = list(blocks((root / "README.md").read_text("utf-8"), "python"))
+    assert found
+    for body in found:
+        names: dict[str, Any] = {}
+        exec(body, names)
+        images = names["images"]
+        assert (images.dtype, images.shape) == (np.uint8, (2, 32, 32, 3))
+
+
+def test_toml_blocks_load(root: Path, tmp_path: Path) -> None:
+    from ldm_deploy.eval.budget import load_budget
+
+    found = list(blocks((root / "README.md").read_text("utf-8"), "toml"))
+    assert found
+    for body in found:
+        (tmp_path / "limits.toml").write_text(body, encoding="utf-8")
+        load_budget(tmp_path / "limits.toml")
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ SCHEDULE = {
 
 
 def write_tiny_bundle(directory: Path, *, unet_bias: float = 0.0) -> Path:
-    """Write a bundle with the variant `fp32-onnxruntime-cpu`. `unet_bias` is added to every prediction (NaN allowed)."""
+    """Write a bundle with the variant `fp32-onnxruntime-cpu`. `unet_bias` is added to predictions (NaN allowed)."""
     from ldm_deploy.runtime.bundle import write_bundle
 
     directory.mkdir(parents=True)

@@ -18,7 +18,7 @@ TIMESTEP_SPACINGS = ("leading", "trailing")
 
 @dataclass(frozen=True)
 class Schedule:
-    """A variance-preserving diffusion x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise (Ho et al. 2020, arXiv:2006.11239, eq. 4).
+    """Variance-preserving: x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise (Ho et al. 2020, arXiv:2006.11239, eq. 4).
 
     The fields carry the names of diffusers' scheduler configuration. `alphas_cumprod` is a_t.
     """
@@ -76,7 +76,7 @@ class Schedule:
         alphas_cumprod = np.cumprod(1.0 - betas)
         if not self.rescale_zero_terminal_snr:
             return alphas_cumprod
-        # Lin et al. 2023, arXiv:2305.08891, algorithm 1: shift sqrt(a_t) so that the last is 0, scale so that the first stays.
+        # Lin et al. 2023, arXiv:2305.08891, algorithm 1: shift sqrt(a_t) to end at 0, scale it to keep the first.
         root = np.sqrt(alphas_cumprod)
         return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
 

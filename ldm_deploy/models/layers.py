@@ -154,7 +154,10 @@ class Upsample(nn.Module):
 
 
 def timestep_embedding(timestep: Tensor, channels: int) -> Tensor:
-    """Sinusoids of the timestep (Vaswani et al. 2017, section 3.5): int64 (batch) -> float32 (batch, channels), cosines first."""
+    """Sinusoids of the timestep, cosines first: int64 (batch) -> float32 (batch, channels).
+
+    Vaswani et al. 2017, arXiv:1706.03762, section 3.5.
+    """
     half = channels // 2
     frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=timestep.device) / half)
     angles = timestep.float()[:, None] * frequencies[None, :]

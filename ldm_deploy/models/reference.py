@@ -46,7 +46,7 @@ class Reference:
 
 
 def resolve_reference(source: str | Path) -> Path:
-    """The directory of a reference: "reference" is the one inside the package. Raises `ArtifactError` if there is none."""
+    """The directory of a reference; "reference" is the shipped one. Raises `ArtifactError` if there is none."""
     if str(source) == "reference":
         source = Path(str(resources.files("ldm_deploy") / "assets" / "reference"))
     path = Path(source)
@@ -61,7 +61,7 @@ def resolve_reference(source: str | Path) -> Path:
 
 
 def read_model(path: Path) -> dict[str, Any]:
-    """The content of model.json. Raises `ArtifactError` if it does not parse or has a format this version cannot read."""
+    """The content of model.json. Raises `ArtifactError` if it does not parse or has another format."""
     try:
         model = json.loads((path / "model.json").read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -110,7 +110,8 @@ def load_reference(source: str | Path) -> Reference:
         with torch.random.fork_rng(devices=[]):
             modules = build_modules(model)
     except (KeyError, TypeError) as error:
-        raise ArtifactError(f"{path / 'model.json'} does not describe a model ({error}); restore the directory") from None
+        where = path / "model.json"
+        raise ArtifactError(f"{where} does not describe a model ({error}); restore the directory") from None
     for name, module in modules.items():
         file = path / f"{name}.safetensors"
         try:

@@ -1,7 +1,7 @@
 """The denoiser: a U-Net over latents, told the timestep and the caption.
 
-Ronneberger et al. 2015, arXiv:1505.04597; Ho et al. 2020, arXiv:2006.11239, appendix B; cross-attention as in Rombach et
-al. 2022, arXiv:2112.10752, section 3.3.
+Ronneberger et al. 2015, arXiv:1505.04597; Ho et al. 2020, arXiv:2006.11239, appendix B; cross-attention as in
+Rombach et al. 2022, arXiv:2112.10752, section 3.3.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Stage(nn.Module):
 
 
 class UNet(nn.Module):
-    """sample (batch, in_channels, h, w), timestep int64 (batch), encoder_hidden_states (batch, sequence, context_channels)
-    -> prediction (batch, in_channels, h, w).
+    """sample (batch, in_channels, h, w), timestep int64 (batch), encoder_hidden_states (batch, sequence,
+    context_channels) -> prediction (batch, in_channels, h, w).
 
     `channels`: one width per level. `attention_levels`: the levels with a transformer, 0 is the highest resolution.
     h and w must be multiples of 2^(levels - 1).

@@ -47,9 +47,9 @@ ONNX_DTYPES = {
 class OnnxRuntimeEngine:
     """An ONNX file in ONNX Runtime on the CPU.
 
-    `threads` None leaves the number to ONNX Runtime. `spinning`: worker threads wait busily between calls: faster for an
-    application that runs nothing else, a nuisance where several engines share a machine. `profile_prefix` writes a kernel
-    profile, whose path `end_profiling` returns. Raises `EngineError` if the file cannot be opened.
+    `threads` None leaves the number to ONNX Runtime. `spinning`: worker threads wait busily between calls: faster
+    for an application that runs nothing else, a nuisance where several engines share a machine. `profile_prefix`
+    writes a kernel profile, whose path `end_profiling` returns. Raises `EngineError` if the file cannot be opened.
     """
 
     def __init__(
@@ -74,7 +74,8 @@ class OnnxRuntimeEngine:
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's exceptions share no public base class
-            raise EngineError(f"ONNX Runtime cannot open {path}: {_first_line(error)}; build the engine again") from None
+            reason = _first_line(error)
+            raise EngineError(f"ONNX Runtime cannot open {path}: {reason}; build the engine again") from None
         self.path = Path(path)
         self.inputs = [_info(value) for value in self._session.get_inputs()]
         self.outputs = [_info(value) for value in self._session.get_outputs()]
@@ -100,11 +101,16 @@ def _first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def open_engine(record: EngineRecord, root: Path, *, threads: int | None = None, spinning: bool = True) -> Engine:
-    """Open an engine of a bundle in its runtime. Raises `EngineError` for a runtime this version does not have."""
+def check_supported(record: EngineRecord) -> None:
+    """Raises `EngineError` for an engine of a runtime or device that this version does not have."""
     if record.runtime != "onnxruntime" or record.device != "cpu":
         raise EngineError(
             f"engine {record.id} is for {record.runtime} on {record.device}; this version runs onnxruntime on cpu: "
             "choose another variant, or upgrade ldm_deploy"
         )
+
+
+def open_engine(record: EngineRecord, root: Path, *, threads: int | None = None, spinning: bool = True) -> Engine:
+    """Open an engine of a bundle in its runtime. Raises `EngineError` as `check_supported` and the engine do."""
+    check_supported(record)
     return OnnxRuntimeEngine(root / record.files[0], threads=threads, spinning=spinning)

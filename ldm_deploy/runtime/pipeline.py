@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from ldm_deploy.diffusion.samplers import SAMPLERS, ddim_step, ddpm_step, noise_levels
 from ldm_deploy.diffusion.schedule import Schedule
-from ldm_deploy.errors import EngineError, PromptError
+from ldm_deploy.errors import BundleError, EngineError, PromptError
 from ldm_deploy.runtime.bundle import Bundle, VariantRecord, check_runtime_versions, read_bundle
-from ldm_deploy.runtime.engines import Engine, open_engine
-from ldm_deploy.runtime.noise import LARGEST_SEED, gaussian_noise
+from ldm_deploy.runtime.engines import Engine, check_supported, open_engine
+from ldm_deploy.runtime.noise import gaussian_noise
+from ldm_deploy.runtime.request import (
+    check_guidance_scale,
+    check_sampler,
+    check_steps,
+    image_seeds,
+    latent_shape,
+    prompt_list,
+)
 from ldm_deploy.runtime.tokenizer import Tokenizer
 
 # (index of the step, timestep, latents after it)
@@ -34,6 +43,9 @@ class LazyEngines(Mapping[str, Engine]):
             self._opened[component] = open_engine(self._records[component], self._bundle.root, **self._options)
         return self._opened[component]
 
+    def __contains__(self, component: object) -> bool:
+        return component in self._records  # Mapping's own would open the engine
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._records)
 
@@ -45,7 +57,8 @@ class Pipeline:
     """A variant, ready to draw. `components` maps component names to engines.
 
     `model`: model.json's or bundle.json's description (scale_factor, downsampling, latent_channels, size_multiple,
-    default_size). `defaults`: sampler, steps and guidance_scale of a call that names none.
+    default_size). `defaults`: sampler, steps and guidance_scale of a call that names none. A pipeline keeps nothing
+    between calls, so several threads may share one.
     """
 
     def __init__(
@@ -65,9 +78,11 @@ class Pipeline:
         self.guidance_scale: float = defaults["guidance_scale"]
 
     def with_engines(self, engines: Mapping[str, Engine]) -> Pipeline:
-        """The same pipeline with some components replaced, as calibration does to listen in."""
+        """The same pipeline with some components replaced, as calibration does to listen in. Opens no engine."""
         defaults = {"sampler": self.sampler, "steps": self.steps, "guidance_scale": self.guidance_scale}
-        return Pipeline({**self.components, **engines}, self.tokenizer, self.model, self.schedule, defaults)
+        # A ChainMap only reads all but its first mapping.
+        replaced = ChainMap(dict(engines), cast("dict[str, Engine]", self.components))
+        return Pipeline(replaced, self.tokenizer, self.model, self.schedule, defaults)
 
     def __call__(
         self,
@@ -76,7 +91,7 @@ class Pipeline:
         steps: int | None = None,
         guidance_scale: float | None = None,
         *,
-        negative_prompt: str = "",
+        negative_prompt: str | Sequence[str] | None = None,
         size: tuple[int, int] | None = None,
         sampler: str | None = None,
         on_step: OnStep | None = None,
@@ -85,8 +100,10 @@ class Pipeline:
 
         `seed`: one per image, or one number n for seeds n, n + 1, …. `size`: (height, width) in pixels. Guidance
         (Ho and Salimans 2022, arXiv:2207.12598): uncond + guidance_scale · (cond - uncond), where uncond is asked for
-        `negative_prompt`; a scale of 1 skips that half. `on_step` is called after every step.
-        Raises `PromptError` for a request that cannot be served and `EngineError` for latents that are not finite.
+        `negative_prompt` (one, or one per image; by default the empty text); a scale of 1 skips that half. `on_step`
+        is called after every step; an exception it raises ends the call.
+        Raises `PromptError` for a request that cannot be served, and `EngineError` naming the component for an engine
+        that fails or returns what is not finite.
         """
         latents = self.sample_latents(
             prompt, seed, steps, guidance_scale,
@@ -101,50 +118,41 @@ class Pipeline:
         steps: int | None = None,
         guidance_scale: float | None = None,
         *,
-        negative_prompt: str = "",
+        negative_prompt: str | Sequence[str] | None = None,
         size: tuple[int, int] | None = None,
         sampler: str | None = None,
         on_step: OnStep | None = None,
     ) -> np.ndarray:
         """As `__call__`, without the decoder: scaled latents, float32 (batch, z, H/f, W/f)."""
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not prompts:
-            raise PromptError("there is no prompt; give one or more")
-        seeds = self._seeds(seed, len(prompts))
-        steps = self.steps if steps is None else steps
-        scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        sampler = self.sampler if sampler is None else sampler
-        shape = self._latent_shape(size)
-        if sampler not in SAMPLERS:
-            raise PromptError(f"sampler is {sampler!r}; allowed: {', '.join(SAMPLERS)}")
-        if isinstance(steps, bool) or not isinstance(steps, int | np.integer):
-            raise PromptError(f"steps is {steps!r}; give an integer from 1 to {self.schedule.num_train_timesteps}")
-        if not np.isfinite(scale) or scale < 0:
-            raise PromptError(f"guidance_scale is {scale!r}; give a number of 0 or more (1: no guidance)")
+        prompts = prompt_list(prompt)
+        negatives = prompt_list("" if negative_prompt is None else negative_prompt, count=len(prompts))
+        seeds = image_seeds(seed, len(prompts))
+        steps = check_steps(self.steps if steps is None else steps, self.schedule.num_train_timesteps)
+        scale = check_guidance_scale(self.guidance_scale if guidance_scale is None else guidance_scale)
+        sampler = check_sampler(self.sampler if sampler is None else sampler)
+        shape = latent_shape(self.model, size)
 
         guided = scale != 1
-        ids = self.tokenizer.encode([*([negative_prompt] * len(prompts) if guided else []), *prompts])
-        context = self.components["text_encoder"].run({"input_ids": ids})["encoder_hidden_states"]
+        ids = self.tokenizer.encode([*(negatives if guided else []), *prompts])
+        context = self._run("text_encoder", {"input_ids": ids}, "encoder_hidden_states")
         latents = gaussian_noise(seeds, shape)
         kind = self.schedule.prediction_type
-        for index, (timestep, level, following) in enumerate(noise_levels(self.schedule, int(steps))):
-            prediction = self._predict(latents, timestep, context, scale if guided else None)
+        for index, (timestep, level, following) in enumerate(noise_levels(self.schedule, steps)):
+            where = f" at step {index + 1} of {steps} (timestep {timestep})"
+            prediction = self._predict(latents, timestep, context, scale if guided else None, where)
             if sampler == "ddim":
                 latents = ddim_step(latents, prediction, level, following, kind)
             else:
                 noise = gaussian_noise(seeds, shape, stream=index + 1)
                 latents = ddpm_step(latents, prediction, level, following, kind, noise)
             latents = latents.astype(np.float32)
-            if not np.isfinite(latents).all():
-                raise EngineError(
-                    f"the U-Net returned values that are not finite at step {index + 1} of {steps} (timestep {timestep}); "
-                    "this engine must not be used: choose another variant"
-                )
             if on_step is not None:
                 on_step(index, timestep, latents)
         return latents
 
-    def _predict(self, latents: np.ndarray, timestep: int, context: np.ndarray, scale: float | None) -> np.ndarray:
+    def _predict(
+        self, latents: np.ndarray, timestep: int, context: np.ndarray, scale: float | None, where: str
+    ) -> np.ndarray:
         """The model's prediction; with guidance both halves go through the U-Net as one batch."""
         sample = latents if scale is None else np.concatenate([latents, latents])
         feeds = {
@@ -152,54 +160,51 @@ class Pipeline:
             "timestep": np.full(len(sample), timestep, dtype=np.int64),
             "encoder_hidden_states": context,
         }
-        prediction = self.components["unet"].run(feeds)["prediction"]
+        prediction = self._run("unet", feeds, "prediction", where)
         if scale is None:
             return prediction
         unconditional, conditional = np.split(prediction, 2)
         return unconditional + np.float32(scale) * (conditional - unconditional)
 
+    def _run(self, component: str, feeds: Mapping[str, np.ndarray], output: str, where: str = "") -> np.ndarray:
+        """One output of one component; no NaN or infinity travels on from here."""
+        if component not in self.components:
+            there = ", ".join(self.components)
+            raise EngineError(f"this variant has no engine for {component}; it has: {there}: choose another variant")
+        value = self.components[component].run(feeds)[output]
+        if not np.isfinite(value).all():
+            raise EngineError(
+                f"{component} returned values that are not finite{where}; "
+                "this engine must not be used: choose another variant"
+            )
+        return value
+
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """Scaled latents, float32 (batch, z, h, w) -> uint8 (batch, h·f, w·f, 3)."""
+        latents = np.asarray(latents)
+        if latents.ndim != 4 or latents.shape[1] != self.model["latent_channels"]:
+            raise PromptError(
+                f"latents have shape {latents.shape}; give (batch, {self.model['latent_channels']}, height, width)"
+            )
         unscaled = (latents / self.model["scale_factor"]).astype(np.float32)
-        image = self.components["vae_decoder"].run({"latent": unscaled})["image"]
-        if not np.isfinite(image).all():
-            raise EngineError("the decoder returned values that are not finite; this engine must not be used: choose another variant")
+        image = self._run("vae_decoder", {"latent": unscaled}, "image")
         # Half up, as floor(x + 1/2): the same in every language.
         pixels = np.floor(np.clip((image + 1) * 127.5, 0, 255) + 0.5)
         return np.ascontiguousarray(pixels.astype(np.uint8).transpose(0, 2, 3, 1))
 
     def encode(self, image: np.ndarray) -> np.ndarray:
-        """uint8 (batch, H, W, 3) or (H, W, 3) -> scaled latents (the posterior's mean), float32 (batch, z, H/f, W/f)."""
+        """uint8 (batch, H, W, 3) or (H, W, 3) -> scaled latents (posterior mean), float32 (batch, z, H/f, W/f)."""
         image = np.asarray(image)
         if image.ndim == 3:
             image = image[None]
         if image.dtype != np.uint8 or image.ndim != 4 or image.shape[-1] != 3:
-            raise PromptError(f"image is {image.dtype} of shape {image.shape}; give uint8 (batch, H, W, 3) or (H, W, 3)")
-        self._latent_shape((image.shape[1], image.shape[2]))
+            raise PromptError(
+                f"image is {image.dtype} of shape {image.shape}; give uint8 (batch, H, W, 3) or (H, W, 3)"
+            )
+        latent_shape(self.model, (image.shape[1], image.shape[2]))
         scaled = image.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(127.5) - 1
-        mean = self.components["vae_encoder"].run({"image": np.ascontiguousarray(scaled)})["latent_mean"]
+        mean = self._run("vae_encoder", {"image": np.ascontiguousarray(scaled)}, "latent_mean")
         return (mean * self.model["scale_factor"]).astype(np.float32)
-
-    def _latent_shape(self, size: tuple[int, int] | None) -> tuple[int, int, int]:
-        height, width = self.model["default_size"] if size is None else size
-        multiple, factor = self.model["size_multiple"], self.model["downsampling"]
-        for name, value in (("height", height), ("width", width)):
-            if value < multiple or value % multiple:
-                below = max(value // multiple, 1) * multiple
-                raise PromptError(
-                    f"{name} is {value}; it must be a multiple of {multiple}, as {below} or {below + multiple}"
-                )
-        return self.model["latent_channels"], height // factor, width // factor
-
-    @staticmethod
-    def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
-        seeds = [seed + index for index in range(count)] if isinstance(seed, int | np.integer) else list(seed)
-        if len(seeds) != count:
-            raise PromptError(f"{len(seeds)} seeds for {count} prompts; give one seed per prompt, or one number")
-        for value in seeds:
-            if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 0 <= value <= LARGEST_SEED:
-                raise PromptError(f"seed is {value!r}; give an integer from 0 to 2^64 - 1")
-        return [int(value) for value in seeds]
 
 
 def load(
@@ -207,13 +212,22 @@ def load(
 ) -> Pipeline:
     """Check a bundle and make its default variant, or the one named, ready to draw.
 
-    `threads` None: as many as the process may use. Raises `BundleError` before any engine is opened.
+    `threads` None: as many as the process may use. Every check is made now; an engine is opened when it is first
+    needed. Raises `BundleError` for the bundle, `EngineError` for an engine that this version cannot run and
+    `ConfigError` for a variant that is not there.
     """
     import os
 
     bundle = read_bundle(path)
     record = bundle.variant(variant)
+    for engine_id in record.engines:
+        check_supported(bundle.engines[engine_id])
     check_runtime_versions(bundle, record)
+    if record.sampler not in SAMPLERS:
+        raise BundleError(
+            f"variant {record.name} is drawn with the sampler {record.sampler!r}; this version has: "
+            f"{', '.join(SAMPLERS)}: choose another variant, or upgrade ldm_deploy"
+        )
     if threads is None:
         threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     engines = LazyEngines(bundle, record, threads, spinning)

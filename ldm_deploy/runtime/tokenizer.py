@@ -20,26 +20,34 @@ class Tokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises bare Exception
             raise BundleError(f"tokenizer {path} cannot be read ({error}); restore the file") from None
+        # A prompt that is too long is refused by `encode`, never cut in silence.
         self._tokenizer.no_truncation()
         self.context_length = context_length
 
     def encode(self, prompts: Sequence[str]) -> np.ndarray:
         """int64 (len(prompts), context_length). Raises `PromptError` for a prompt that is no text or too long."""
-        for prompt in prompts:
-            if not isinstance(prompt, str):
-                raise PromptError(f"prompt is {prompt!r}, a {type(prompt).__name__}; give text")
         rows = []
-        for prompt, encoding in zip(prompts, self._tokenizer.encode_batch(list(prompts)), strict=True):
+        for prompt in prompts:
+            try:
+                encoding = self._tokenizer.encode(prompt)
+            except (TypeError, UnicodeError):
+                raise PromptError(f"prompt {_shortened(prompt)} is no text that can be encoded; give text") from None
             tokens = sum(encoding.attention_mask)
-            if tokens > self.context_length or len(encoding.ids) != self.context_length:
+            if tokens > self.context_length:
                 special = sum(encoding.special_tokens_mask[:tokens])
                 raise PromptError(
-                    f"prompt {_shortened(prompt)!r} has {tokens - special} tokens; "
+                    f"prompt {_shortened(prompt)} has {tokens - special} tokens; "
                     f"the model takes {self.context_length - special} at most: shorten it"
+                )
+            if len(encoding.ids) != self.context_length:
+                raise BundleError(
+                    f"the tokenizer pads to {len(encoding.ids)} tokens and the model's context_length is "
+                    f"{self.context_length}; build the bundle again"
                 )
             rows.append(encoding.ids)
         return np.array(rows, dtype=np.int64)
 
 
-def _shortened(text: str) -> str:
-    return text if len(text) <= 60 else text[:57] + "..."
+def _shortened(text: object) -> str:
+    shown = repr(text)
+    return shown if len(shown) <= 60 else shown[:57] + "..."

@@ -47,9 +47,8 @@ def train_autoencoder(
 
     def loss(step: int) -> tuple[Tensor, Mapping[str, float]]:
         image = to_tensor(batch(step))
-        shape = (len(image), config.autoencoder.z_channels) + tuple(
-            side // config.autoencoder.downsampling for side in image.shape[-2:]
-        )
+        sides = (side // config.autoencoder.downsampling for side in image.shape[-2:])
+        shape = (len(image), config.autoencoder.z_channels, *sides)
         noise = torch.from_numpy(rng(config.seed, "posterior", step).standard_normal(shape, dtype=np.float32))
         with torch.autocast("cpu", torch.bfloat16, enabled=config.autocast_bf16):
             reconstruction, mean, logvar = model(image, noise)

@@ -1,4 +1,4 @@
-"""Training images: a folder or zip in the image-folder layout with captions, or the free photographs in scikit-image."""
+"""Training images: a folder or zip in the image-folder layout with captions, or scikit-image's photographs."""
 
 from __future__ import annotations
 

@@ -16,7 +16,6 @@ from ldm_deploy.models.autoencoder import Autoencoder
 from ldm_deploy.models.text_encoder import TextEncoder
 from ldm_deploy.models.unet import UNet
 from ldm_deploy.training.autoencoder import to_tensor
-from ldm_deploy.training.data import ImageSet
 from ldm_deploy.training.loop import rng, run_stage
 
 

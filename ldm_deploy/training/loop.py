@@ -7,6 +7,7 @@ would have drawn.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import time
@@ -34,9 +35,11 @@ def rng(seed: int, purpose: str, step: int) -> np.random.Generator:
 
 
 def learning_rate(config: StageConfig, step: int) -> float:
-    """Linear warm-up, then a cosine to zero (Loshchilov and Hutter 2017, arXiv:1608.03983, eq. 5)."""
-    warmup = min(1.0, (step + 1) / max(config.warmup_steps, 1))
-    return config.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+    """Linear warm-up, then a cosine to zero, with warm restarts (Loshchilov and Hutter 2017, arXiv:1608.03983, eq. 5)."""
+    bounds = (0, *config.restarts, config.steps)
+    start, end = next((start, end) for start, end in itertools.pairwise(bounds) if step < end)
+    warmup = min(1.0, (step - start + 1) / max(config.warmup_steps, 1))
+    return config.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * (step - start) / (end - start)))
 
 
 def run_stage(
@@ -80,7 +83,7 @@ def run_stage(
                 group["lr"] = rate
             loss, numbers = loss_function(step)
             if not torch.isfinite(loss):
-                kept = f"the last good state is {checkpoint}" if checkpoint.exists() else "no checkpoint was written yet"
+                kept = f"the last good state is {checkpoint}" if checkpoint.exists() else "there is no checkpoint yet"
                 raise TrainingError(
                     f"{name}: the loss is {loss.item()} at step {step}; {kept}. "
                     "Lower learning_rate or set autocast_bf16 = false, then resume"

@@ -82,7 +82,11 @@ def train(
     }
     record: dict[str, Any] = {
         "command": _command(config, data, out),
-        "data": {"digest": images.digest, "images_trained_on": len(chosen.texts), "held_out": int(images.held_out.sum())},
+        "data": {
+            "digest": images.digest,
+            "images_trained_on": len(chosen.texts),
+            "held_out": int(images.held_out.sum()),
+        },
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "stages": {stage: _summary(directory / f"{stage}.jsonl") for stage in ("autoencoder", "diffusion")},

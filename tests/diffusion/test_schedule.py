@@ -28,7 +28,9 @@ def diffusers_ddim(schedule: Schedule):
 
 SCHEDULES = [
     Schedule(),
+    Schedule(timestep_spacing="leading"),
     Schedule(rescale_zero_terminal_snr=False),
+    Schedule(rescale_zero_terminal_snr=False, prediction_type="epsilon"),
     Schedule(rescale_zero_terminal_snr=False, prediction_type="epsilon", timestep_spacing="leading"),
     Schedule(beta_schedule="linear", beta_start=1e-4, beta_end=0.02, rescale_zero_terminal_snr=False),
 ]

@@ -53,7 +53,7 @@ def test_it_is_the_packages_own_distance(squeeze: Lpips, monkeypatch: pytest.Mon
 
 
 def test_nearest_finds_what_comparing_every_pair_finds(squeeze: Lpips) -> None:
-    queries, gallery = noise(4, seed=2), noise(70, seed=3)  # more than one batch
+    queries, gallery = noise(2, 32, seed=2), noise(68, 32, seed=3)  # more than one batch
     gallery[66] = np.clip(queries[1].astype(int) + 3, 0, 255)
     every = np.stack([squeeze(np.repeat(query[None], len(gallery), 0), gallery) for query in queries])
     index, distance = squeeze.nearest(queries, gallery)

@@ -36,10 +36,9 @@ def image_set(count: int = 40, size: int = 64) -> ImageSet:
 class Pipeline:
     """An autoencoder that is off by `error` where the image is not white, and a sampler that draws from the data."""
 
-    model = {"size_multiple": 16}
-
     def __init__(self, images: ImageSet, error: int = 2, wrong: tuple[str, ...] = ()) -> None:
         self.images, self.error, self.wrong = images, error, wrong
+        self.model = {"size_multiple": 16}
 
     def encode(self, image: np.ndarray) -> np.ndarray:
         return image

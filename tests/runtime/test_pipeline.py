@@ -144,20 +144,32 @@ def test_engines_are_opened_when_first_used(directory, monkeypatch):
         ({"prompt": "sun", "size": (32, 8)}, "width is 8; it must be a multiple of 16, as 16 or 32"),
         ({"prompt": " ".join(["apple"] * 40)}, r"has \d+ tokens; the model takes 14 at most: shorten it"),
         ({"prompt": []}, "there is no prompt"),
-        ({"prompt": [3]}, "prompt is 3, a int; give text"),
+        ({"prompt": 3}, "prompt is 3; give a text or a list of texts"),
+        ({"prompt": [3]}, "prompt is 3, of type int; give text"),
+        ({"prompt": "\ud800"}, r"prompt '\\ud800' is no text that can be encoded"),
+        ({"prompt": "sun", "negative_prompt": " ".join(["apple"] * 40)}, r"has \d+ tokens; the model takes 14 at most"),
+        ({"prompt": "sun", "negative_prompt": ["a", "b"]}, "2 negative prompts for 1 prompts; give one, or one per"),
         ({"prompt": "sun", "seed": -1}, r"seed is -1; give an integer from 0 to 2\^64 - 1"),
+        ({"prompt": "sun", "seed": 2**64}, r"seed is 18446744073709551616; give an integer from 0 to 2\^64 - 1"),
+        ({"prompt": ["sun"] * 3, "seed": 2**64 - 1}, r"give an integer from 0 to 2\^64 - 3, for 3 images"),
         ({"prompt": "sun", "seed": [0.5]}, r"seed is 0\.5; give an integer"),
+        ({"prompt": "sun", "seed": 0.5}, r"seed is 0\.5; give an integer"),
+        ({"prompt": "sun", "seed": True}, "seed is True; give an integer"),
+        ({"prompt": "sun", "seed": "7"}, "seed is '7'; give an integer"),
         ({"prompt": "sun", "seed": [1, 2]}, "2 seeds for 1 prompts"),
         ({"prompt": "sun", "steps": 0}, "steps is 0; allowed: 1 to 1000"),
+        ({"prompt": "sun", "steps": 1001}, "steps is 1001; allowed: 1 to 1000"),
         ({"prompt": "sun", "steps": 2.5}, r"steps is 2\.5; give an integer"),
         ({"prompt": "sun", "guidance_scale": float("nan")}, "guidance_scale is nan"),
+        ({"prompt": "sun", "guidance_scale": -1}, "guidance_scale is -1; give a number of 0 or more"),
+        ({"prompt": "sun", "guidance_scale": "5"}, "guidance_scale is '5'; give a number"),
         ({"prompt": "sun", "sampler": "euler"}, "sampler is 'euler'; allowed: ddim, ddpm"),
+        ({"prompt": "sun", "size": 32}, r"size is 32; give \(height, width\) in pixels"),
+        ({"prompt": "sun", "size": (32.0, 32)}, r"height is 32\.0; give an integer, a multiple of 16"),
     ],
 )
 def test_requests_that_cannot_be_served_are_refused(pipeline, request_, message):
-    from ldm_deploy.errors import ConfigError
-
-    with pytest.raises(ConfigError, match=message) as caught:
+    with pytest.raises(PromptError, match=message) as caught:
         pipeline(**request_)
     assert caught.value.exit_code == 2
     assert "\n" not in str(caught.value)
@@ -170,7 +182,79 @@ def test_wrong_images_are_refused(pipeline):
         pipeline.encode(np.zeros((33, 32, 3), np.uint8))
 
 
+class Spoiled:
+    """An engine whose outputs hold one infinity."""
+
+    def __init__(self, engine):
+        self.engine = engine
+
+    def run(self, feeds):
+        outputs = {name: value.copy() for name, value in self.engine.run(feeds).items()}
+        for value in outputs.values():
+            value.flat[-1] = np.inf
+        return outputs
+
+
 def test_an_engine_that_returns_nan_is_named(tmp_path):
     pipeline = ldm_deploy.load(write_tiny_bundle(tmp_path / "b", unet_bias=float("nan")))
-    with pytest.raises(EngineError, match=r"not finite at step 1 of 3 \(timestep 999\)"):
+    with pytest.raises(EngineError, match=r"unet returned values that are not finite at step 1 of 3 \(timestep 999\)"):
         pipeline("sun")
+
+
+@pytest.mark.parametrize("component", ["text_encoder", "unet", "vae_decoder", "vae_encoder"])
+def test_every_engine_that_returns_an_infinity_is_named(pipeline, component):
+    spoiled = pipeline.with_engines({component: Spoiled(pipeline.components[component])})
+    with pytest.raises(EngineError, match=f"{component} returned values that are not finite.*choose another variant"):
+        spoiled.encode(spoiled("sun"))
+
+
+def test_a_component_that_a_variant_lacks_is_named(pipeline):
+    del pipeline.components._records["vae_encoder"]
+    with pytest.raises(EngineError, match="no engine for vae_encoder; it has: text_encoder, unet, vae_decoder"):
+        pipeline.encode(np.zeros((32, 32, 3), np.uint8))
+
+
+def test_latents_of_another_shape_are_refused(pipeline):
+    with pytest.raises(PromptError, match=r"latents have shape \(4, 8, 8\); give \(batch, 4, height, width\)"):
+        pipeline.decode(np.zeros((4, 8, 8), np.float32))
+
+
+def test_one_negative_prompt_per_image(pipeline):
+    both = pipeline(["sun", "rocket"], seed=[1, 2], negative_prompt=["a", "cat face"])
+    np.testing.assert_array_equal(pipeline("rocket", seed=2, negative_prompt="cat face"), both[1:])
+    assert not np.array_equal(pipeline("rocket", seed=2), both[1:])
+
+
+def test_threads_share_a_pipeline(pipeline):
+    from concurrent.futures import ThreadPoolExecutor
+
+    alone = [pipeline("sun", seed=seed) for seed in range(6)]
+    with ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(lambda seed: pipeline("sun", seed=seed), range(6)))
+    np.testing.assert_array_equal(together, alone)
+
+
+def test_an_exception_in_on_step_ends_the_call(pipeline):
+    def stop(index, _timestep, _latents):
+        if index == 1:
+            raise StopIteration("enough")
+
+    with pytest.raises(StopIteration, match="enough"):
+        pipeline("sun", on_step=stop)
+
+
+def test_loading_and_replacing_open_no_engine_and_no_library(directory):
+    """In a fresh interpreter: neither torch nor an engine library is loaded by `load`."""
+    import subprocess
+    import sys
+
+    script = (
+        "import sys, ldm_deploy\n"
+        "pipeline = ldm_deploy.load(sys.argv[1])\n"
+        "assert 'unet' in pipeline.with_engines({}).components\n"
+        "print(sorted({'torch', 'onnx', 'onnxruntime', 'pydantic'} & set(sys.modules)))\n"
+        "pipeline('sun')\n"
+        "print(sorted({'torch', 'onnx', 'pydantic'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(directory)], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["[]", "[]"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 
@@ -58,7 +59,17 @@ def test_learning_rate_warms_up_and_decays_to_zero():
     assert rates[0] < 3e-5
     assert max(rates) == pytest.approx(2e-3, rel=0.05)
     assert rates[-1] < 1e-7
-    assert all(a > b for a, b in zip(rates[100:], rates[101:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(rates[100:]))
+
+
+def test_learning_rate_restarts_where_asked():
+    config = StageConfig(steps=1500, batch_size=1, learning_rate=1e-3, warmup_steps=10, restarts=(1000,))
+    whole = StageConfig(steps=1000, batch_size=1, learning_rate=1e-3, warmup_steps=10)
+    assert [learning_rate(config, step) for step in range(1000)] == [learning_rate(whole, step) for step in range(1000)]
+    assert learning_rate(config, 999) < 1e-8
+    assert learning_rate(config, 1010) > 0.99e-3
+    assert learning_rate(config, 1250) == pytest.approx(0.5e-3)
+    assert learning_rate(config, 1499) < 1e-7
 
 
 def test_ema_start_is_unbiased_and_the_limit_is_the_decay():
