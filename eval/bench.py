@@ -58,9 +58,7 @@ def _rows(samples_ms: dict[str, list[float]], reasons: dict[str, str], seed: int
         if samples and versus and name != first:
             speedup = {**ratio_ci(versus, samples, seed=seed), "versus": first}
         latency = summary(samples) if samples else None
-        rows.append(
-            {"name": name, "latency_ms": latency, "speedup": speedup, "reason": None if samples else reason}
-        )
+        rows.append({"name": name, "latency_ms": latency, "speedup": speedup, "reason": None if samples else reason})
     return rows
 
 

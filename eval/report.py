@@ -141,6 +141,13 @@ def verdict(row: Mapping[str, Any], chosen: str | None) -> str:
     return "kept"
 
 
+def explanation(row: Mapping[str, Any]) -> str | None:
+    """Why a row has no figures, or why it was refused."""
+    if row["status"] != "ok":
+        return f"{row['status']}: {row['reason']}"
+    return f"refused: {row['refused']}" if row["refused"] is not None else None
+
+
 def print_table(result: Mapping[str, Any]) -> None:
     """The summary, what was chosen and why, and every gate that did not pass, on standard output."""
     from rich.console import Console
@@ -155,6 +162,8 @@ def print_table(result: Mapping[str, Any]) -> None:
         shown.add_row(*row)
     console.print(shown)
     for row in result["variants"]:
+        if explanation(row):
+            console.print(f"{row['name']}: {explanation(row)}")
         for gate in row["gates"]:
             if gate["result"] != "pass":
                 optional = "" if gate["required"] else " (not required)"
@@ -170,6 +179,7 @@ def to_markdown(result: Mapping[str, Any]) -> str:
     lines = [f"**Chosen: {result['chosen'] or 'none'}.** {_cell(result['why'])}", ""]
     lines += [_row(heads), _row(["---", *["---:"] * (len(heads) - 2), "---"])]
     lines += [_row(row) for row in rows]
+    lines += ["", *(f"- {row['name']}: {_cell(why)}" for row in result["variants"] if (why := explanation(row)))]
     lines += ["", _row(["variant", "gate", "limit", "value", "result", "reason"]), _row(["---"] * 6)]
     for row in result["variants"]:
         for gate in row["gates"]:

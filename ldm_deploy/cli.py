@@ -134,9 +134,7 @@ def export(
     commands.check_words(precisions=[precision], targets=[target], components=component)
     from ldm_deploy.export.to_onnx import export_reference
 
-    export_reference(
-        source, out, precision=precision, components=component or None, seed=seed, threads=threads
-    )
+    export_reference(source, out, precision=precision, components=component or None, seed=seed, threads=threads)
     return commands.read_json(out / "bundle.json"), 0
 
 

@@ -39,22 +39,22 @@ def note(text: str) -> None:
 
 
 @contextmanager
-def task(description: str, total: int) -> Iterator[Callable[..., None]]:
-    """Show how far `total` steps have come, with the time that is left.
+def task(description: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
+    """Show how far `total` steps have come, with the time that is left; `done` were taken in an earlier run.
 
     Yields `advance(steps=1)`. Tasks may be nested. After an exception the bar stays where it stopped.
     """
     if _quiet:
         yield lambda steps=1: None
     elif sys.stderr.isatty():
-        with _bar(description, total) as advance:
+        with _bar(description, total, done) as advance:
             yield advance
     else:
-        yield from _plain(description, total)
+        yield from _plain(description, total, done)
 
 
 @contextmanager
-def _bar(description: str, total: int) -> Iterator[Callable[..., None]]:
+def _bar(description: str, total: int, done: int) -> Iterator[Callable[..., None]]:
     from rich import progress
     from rich.console import Console
 
@@ -72,7 +72,7 @@ def _bar(description: str, total: int) -> Iterator[Callable[..., None]]:
             _bars.start()
         _open_tasks += 1
         bars = _bars
-        row = bars.add_task(description, total=total)
+        row = bars.add_task(description, total=total, completed=done)
     try:
         yield lambda steps=1: bars.advance(row, steps)
     finally:
@@ -84,10 +84,10 @@ def _bar(description: str, total: int) -> Iterator[Callable[..., None]]:
                 _bars = None
 
 
-def _plain(description: str, total: int) -> Iterator[Callable[..., None]]:
-    """A line about every tenth of the way, `PLAIN_INTERVAL_S` apart or more, and one after a long task."""
+def _plain(description: str, total: int, done: int) -> Iterator[Callable[..., None]]:
+    """A line early, one about every tenth of the way, `PLAIN_INTERVAL_S` apart or more, and one after a long task."""
     start = last = time.monotonic()
-    done = shown = 0
+    before, shown = done, -1
 
     def advance(steps: int = 1) -> None:
         nonlocal done, shown, last
@@ -95,7 +95,7 @@ def _plain(description: str, total: int) -> Iterator[Callable[..., None]]:
         now = time.monotonic()
         tenth = 10 * done // max(total, 1)
         if tenth > shown and done < total and now - last >= PLAIN_INTERVAL_S:
-            left = (now - start) / done * (total - done)
+            left = (now - start) / (done - before) * (total - done)
             print(f"{description}: {done}/{total}, about {duration(left)} left", file=sys.stderr, flush=True)
             shown, last = tenth, now
 

@@ -302,12 +302,15 @@ def test_ctrl_c(bundle: Path) -> None:
     """A real signal in the middle of real work."""
     image = bundle.parent / "image.png"
     command = [sys.executable, "-m", "ldm_deploy", "sample", str(bundle), "sun", "--out", str(image)]
-    child = subprocess.Popen([*command, "--steps", "1000", "--size", "512x512"], stderr=subprocess.PIPE, text=True)
-    assert child.stderr is not None
-    assert "drawing: " in child.stderr.readline()
-    child.send_signal(signal.SIGINT)
-    message = child.stderr.read()
-    child.stderr.close()
-    assert child.wait(60) == 130
+    command += ["--steps", "1000", "--size", "2048x2048"]  # minutes, on any machine
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as child:
+        try:
+            assert child.stderr is not None
+            assert "drawing: " in child.stderr.readline()
+            child.send_signal(signal.SIGINT)
+            message = child.stderr.read()
+            assert child.wait(60) == 130
+        finally:
+            child.kill()
     assert message == "interrupted; run the same command again\n"
     assert sorted(os.listdir(bundle.parent)) == ["bundle"]

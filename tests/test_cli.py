@@ -210,7 +210,7 @@ def wrapped() -> Exception:
         (PermissionError(errno.EACCES, "Permission denied", "/x"), "error: Permission denied: /x; check the path"),
         (MemoryError(), "error: out of memory; "),
         (ModuleNotFoundError("no", name="torch"), "error: the package 'torch' is not installed; install"),
-        (ModuleNotFoundError("no", name="skimage.data"), "the package 'skimage' is not installed; install what is missing: pip install"),
+        (ModuleNotFoundError("no", name="skimage.data"), "the package 'skimage' is not installed; install what is"),
     ],
 )
 def test_what_the_machine_lacks_is_one_line(ldm_deploy_cli: Cli, stage: Any, error: Exception, message: str) -> None:

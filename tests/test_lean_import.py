@@ -35,9 +35,7 @@ def test_import_loads_no_heavy_package() -> None:
     assert loaded_after("import ldm_deploy") == []
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--help"], ["optimize", "--help"], ["sample", "--help"], ["--version"]]
-)
+@pytest.mark.parametrize("arguments", [["--help"], ["optimize", "--help"], ["sample", "--help"], ["--version"]])
 def test_help_loads_no_heavy_package(arguments: list[str]) -> None:
     call = f"try:\n    main({arguments!r})\nexcept SystemExit as stop:\n    assert not stop.code"
     assert loaded_after(f"from ldm_deploy.cli import main\n{call}") == []

@@ -33,12 +33,19 @@ def run(clock: Clock, total: int, step_s: float) -> None:
             advance()
 
 
-def test_a_line_every_tenth_with_what_is_left(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_line_early_and_every_tenth_with_what_is_left(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     run(clock, 40, 3.0)
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 10
-    assert lines[0] == "drawing: 4/40, about 1 min 48 s left"
+    assert len(lines) == 11
+    assert lines[:2] == ["drawing: 1/40, about 1 min 57 s left", "drawing: 4/40, about 1 min 48 s left"]
     assert lines[-1] == "drawing: 40/40 in 2 min 00 s"
+
+
+def test_what_an_earlier_run_did_does_not_count_as_speed(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with progress.task("training", 1000, done=900) as advance:
+        clock.now += 3.0
+        advance()
+    assert capsys.readouterr().err.splitlines()[0] == "training: 901/1000, about 4 min 57 s left"
 
 
 def test_a_short_task_is_silent(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,9 +56,9 @@ def ddpm_step(
 def noise_levels(schedule: Schedule, steps: int) -> list[tuple[int, float, float]]:
     """(timestep, a_t, a_next) of each step. a_next is that of the next timestep visited, 1 after the last.
 
-    diffusers' DDIMScheduler takes a_next at t - T // steps, the same wherever `steps` divides T. Where it does not, that
-    is a timestep the model is never asked about: of 400 steps of 1000 each would remove too little noise, and of 7 the
-    last would leave some. So we part from it there, as its own DDPMScheduler does.
+    diffusers' DDIMScheduler takes a_next at t - T // steps, the same wherever `steps` divides T. Where it does not,
+    that is a timestep the model is never asked about: of 400 steps of 1000 each would remove too little noise, and of
+    7 the last would leave some. So we part from it there, as its own DDPMScheduler does.
     """
     timesteps = schedule.timesteps(steps)
     levels = [float(schedule.alphas_cumprod[timestep]) for timestep in timesteps]

@@ -94,9 +94,7 @@ def load_images(source: str | Path, size: int) -> ImageSet:
     if not images:
         raise DataError(f"data {path} holds no images; metadata.csv needs rows with file_name and text")
     held_out = np.array([is_held_out(name) for name in names])
-    return ImageSet(
-        np.stack(images), texts, names, held_out, np.array(skin_tone), f"sha256:{digest.hexdigest()}"
-    )
+    return ImageSet(np.stack(images), texts, names, held_out, np.array(skin_tone), f"sha256:{digest.hexdigest()}")
 
 
 def photographs() -> dict[str, np.ndarray]:
@@ -141,9 +139,7 @@ def photograph_crops(size: int, count: int, seed: int) -> ImageSet:
     images = np.stack([random_crop(sources[name], size, rng) for name in names])
     digest = hashlib.sha256(images.tobytes()).hexdigest()
     nothing = np.zeros(count, dtype=bool)
-    return ImageSet(
-        images, [PHOTOGRAPHS[name] for name in names], names, nothing, nothing.copy(), f"sha256:{digest}"
-    )
+    return ImageSet(images, [PHOTOGRAPHS[name] for name in names], names, nothing, nothing.copy(), f"sha256:{digest}")
 
 
 def _read_rgb(path: Path) -> np.ndarray:

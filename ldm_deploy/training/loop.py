@@ -35,7 +35,10 @@ def rng(seed: int, purpose: str, step: int) -> np.random.Generator:
 
 
 def learning_rate(config: StageConfig, step: int) -> float:
-    """Linear warm-up, then a cosine to zero, with warm restarts (Loshchilov and Hutter 2017, arXiv:1608.03983, eq. 5)."""
+    """Linear warm-up, then a cosine to zero, both again at each restart.
+
+    Loshchilov and Hutter 2017, arXiv:1608.03983, equation 5.
+    """
     bounds = (0, *config.restarts, config.steps)
     start, end = next((start, end) for start, end in itertools.pairwise(bounds) if step < end)
     warmup = min(1.0, (step - start + 1) / max(config.warmup_steps, 1))
@@ -73,10 +76,10 @@ def run_stage(
             )
         start = _restore(checkpoint, fingerprint, module, optimizer, ema)
     log = directory / f"{name}.jsonl"
+    _forget_after(log, start)
     began = time.monotonic()
     # torch's fused attention has a slow bf16 backward on a CPU: the plain one makes a U-Net step 1.3 times faster.
-    with sdpa_kernel(SDPBackend.MATH), task(f"training {name}", total=config.steps) as advance:
-        advance(start)
+    with sdpa_kernel(SDPBackend.MATH), task(f"training {name}", config.steps, start) as advance:
         for step in range(start, config.steps):
             rate = learning_rate(config, step)
             for group in optimizer.param_groups:
@@ -102,6 +105,14 @@ def run_stage(
                 _save(checkpoint, fingerprint, step + 1, module, optimizer, ema)
             advance(1)
     return ema.state()
+
+
+def _forget_after(log: Path, steps_done: int) -> None:
+    """Drop what was logged after the checkpoint, and a line cut off: those steps are about to be done again."""
+    lines = log.read_text("utf-8").splitlines(keepends=True) if log.exists() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < steps_done]
+    if kept != lines:
+        atomic_write_bytes(log, "".join(kept).encode())
 
 
 def _save(

@@ -58,9 +58,7 @@ def train(
             "add images or lower batch_size"
         )
     directory = out.with_name(out.name + ".training")
-    autoencoder = train_autoencoder(
-        resolved, chosen, directory, _autoencoder_key(resolved, chosen), resume=resume
-    )
+    autoencoder = train_autoencoder(resolved, chosen, directory, _autoencoder_key(resolved, chosen), resume=resume)
     # Stage two sees the autoencoder that ships: rounded to fp16.
     for parameter in autoencoder.parameters():
         parameter.data = parameter.data.half().float()

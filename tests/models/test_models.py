@@ -139,9 +139,7 @@ def test_torch_engines_follow_the_component_signatures(saved):
     ids = np.zeros((2, 16), dtype=np.int64)
     hidden = engines["text_encoder"].run({"input_ids": ids})["encoder_hidden_states"]
     sample = np.random.default_rng(0).standard_normal((2, 4, 8, 8), dtype=np.float32)
-    out = engines["unet"].run(
-        {"sample": sample, "timestep": np.array([5, 900]), "encoder_hidden_states": hidden}
-    )
+    out = engines["unet"].run({"sample": sample, "timestep": np.array([5, 900]), "encoder_hidden_states": hidden})
     assert out["prediction"].shape == sample.shape
     assert out["prediction"].dtype == np.float32
     image = engines["vae_decoder"].run({"latent": sample})["image"]

@@ -109,6 +109,22 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path):
         assert torch.equal(value, resumed[name])
 
 
+def test_the_log_of_a_run_killed_while_writing_it_continues(tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    quadratic(whole)
+    with pytest.raises(KeyboardInterrupt):
+        quadratic(cut, stop_at=8)
+    with (cut / "stage.jsonl").open("a") as file:
+        file.write('{"step": 7, "loss": 1.0}\n{"step": 8, "lo')
+    quadratic(cut, resume=True)
+    losses = [
+        [(line["step"], line["loss"]) for line in map(json.loads, (run / "stage.jsonl").read_text().splitlines())]
+        for run in (whole, cut)
+    ]
+    assert losses[0] == losses[1]
+    assert [step for step, _ in losses[0]] == [0, 9]
+
+
 def test_checkpoint_is_neither_overwritten_nor_taken_for_another_runs(tmp_path):
     quadratic(tmp_path)
     with pytest.raises(TrainingError, match="add --resume to continue it"):
