@@ -43,20 +43,34 @@ def model_card(record: Mapping[str, Any]) -> str:
     if figures is None:
         lines.append("Not measured: `ldm-deploy eval` on this directory, with the data, measures them.")
     else:
-        lines += ["| figure | value |", "|---|---|"]
-        lines += [f"| {name} | {_shown(value)} |" for name, value in _flattened(figures)]
+        lines += ["| figure | value | how |", "|---|---|---|"]
+        lines += [f"| {name} | {value} | {how} |" for name, value, how in _rows(figures)]
     return "\n".join(lines) + "\n"
 
 
-def _flattened(figures: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    rows: list[tuple[str, Any]] = []
-    for name, value in figures.items():
-        if isinstance(value, Mapping):
-            rows += _flattened(value, f"{prefix}{name}.")
-        elif not isinstance(value, list):
-            rows.append((prefix + name, value))
+def _rows(figures: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(figure, value, how it was measured) from what `ldm-deploy eval` says of a reference."""
+    held_out, retrieval = figures["held_out"], figures["retrieval"]
+    how = held_out["reason"] or f"mean over {held_out['n']} held-out images, peak 255"
+    rows = [
+        ("reconstruction, PSNR", _shown(held_out["psnr_db"], " dB"), how),
+        ("the same, where the original is not white", _shown(held_out["psnr_db_not_white"], " dB"), how),
+        ("reconstruction, SSIM", _shown(held_out["ssim"]), how),
+    ]
+    for name, photograph in figures["photographs"].items():
+        how = photograph["reason"] or f"{photograph['size']} pixels, never trained on"
+        rows.append((f"photograph {name}, PSNR", _shown(photograph["psnr_db"], " dB"), how))
+    if retrieval["rate"] is None:
+        rows.append(("retrieval", "not measured", retrieval["reason"]))
+    else:
+        how = (
+            f"{retrieval['hits']} of {retrieval['n']} samples are nearest, of {retrieval['gallery']} images by "
+            f"{retrieval['method']}, to one with the caption asked for; {retrieval['sampler']}, "
+            f"{retrieval['steps']} steps, guidance {retrieval['guidance_scale']:g}"
+        )
+        rows.append(("retrieval", f"{retrieval['rate']:.1%}", how))
     return rows
 
 
-def _shown(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _shown(value: float | None, unit: str = "") -> str:
+    return "not measured" if value is None else f"{value:.4g}{unit}"

@@ -39,6 +39,7 @@ class Pipeline:
     def __init__(self, images: ImageSet, error: int = 2, wrong: tuple[str, ...] = ()) -> None:
         self.images, self.error, self.wrong = images, error, wrong
         self.model = {"size_multiple": 16}
+        self.sampler, self.steps, self.guidance_scale = "ddim", 50, 5.0
 
     def encode(self, image: np.ndarray) -> np.ndarray:
         return image

@@ -146,10 +146,23 @@ def test_nan_loss_stops_with_the_last_good_checkpoint_named(tmp_path):
 
 def test_train_writes_a_reference_that_loads(tmp_path):
     out = tmp_path / "model"
-    record = train(tiny(), "photos", out, threads=1, score=lambda directory, data: {"asked": data})
+    figures = {
+        "held_out": {"psnr_db": None, "psnr_db_not_white": None, "ssim": None, "n": 0, "reason": "none held out"},
+        "photographs": {"china.jpg": {"size": "192x320", "psnr_db": 24.65, "ssim": 0.79, "reason": None}},
+        "retrieval": {
+            "rate": 0.25, "hits": 12, "n": 48, "gallery": 512, "method": "pixels", "sampler": "ddim", "steps": 50,
+            "guidance_scale": 5.0, "reason": None,
+        },
+    }  # fmt: skip
+    record = train(tiny(), "photos", out, threads=1, score=lambda directory, data: {"asked": data, **figures})
     reference = load_reference(out)
     assert 0 < reference.model["scale_factor"] < math.inf
-    assert record["figures"] == {"asked": "photos"}
+    assert record["figures"] == {"asked": "photos", **figures}
+    card = (out / "README.md").read_text()
+    assert "| reconstruction, PSNR | not measured | none held out |" in card
+    assert "| photograph china.jpg, PSNR | 24.65 dB | 192x320 pixels, never trained on |" in card
+    assert "| retrieval | 25.0% | 12 of 48 samples are nearest, of 512 images by pixels, to one with" in card
+    assert "ddim, 50 steps, guidance 5 |" in card
     assert record["stages"]["diffusion"]["steps"] == 4
     assert json.loads((out / "training.json").read_text())["command"].startswith("ldm-deploy train tiny --data photos")
     with pytest.raises(TrainingError, match="exists; remove it"):
