@@ -28,6 +28,17 @@ BACKBONES = {
 BATCH = 64  # images per forward pass; bounds the memory at about 30 MB for 64x64 images
 
 
+def _weights_file(backbone: str) -> Path:
+    import torch
+
+    return Path(torch.hub.get_dir()) / "checkpoints" / BACKBONES[backbone]
+
+
+def backbones_there() -> list[str]:
+    """The backbones whose weights are on this machine."""
+    return [name for name in BACKBONES if _weights_file(name).is_file()]
+
+
 class Lpips:
     """The distance of image pairs. `available` tells whether it can be computed, `reason` why not and what to do."""
 
@@ -40,11 +51,11 @@ class Lpips:
         self._network: Any = None
         try:
             import lpips  # noqa: F401
-            import torch
+            import torch  # noqa: F401
         except ImportError as error:
             self.reason = f"the package {error.name!r} is not installed; install ldm-deploy[export]"
             return
-        file = Path(torch.hub.get_dir()) / "checkpoints" / BACKBONES[backbone]
+        file = _weights_file(backbone)
         if not file.is_file():
             self.reason = (
                 f"no weights of the LPIPS backbone: {file} is not there; "

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
+import sys
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -93,7 +95,7 @@ def _data_uri(image: np.ndarray) -> str:
 
 def table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """(heads, rows) of the summary: the baseline, then every variant. What was not measured is a dash."""
-    heads = ["variant", "ms per image", "speed-up", "PSNR dB", "SSIM", "LPIPS", "peak memory", "size", "result"]
+    heads = ["variant", "ms per image", "speed-up", "PSNR dB", "SSIM", "LPIPS", "memory", "size", "result"]
     baseline = result["baseline"]
     rows = [
         [
@@ -153,7 +155,9 @@ def print_table(result: Mapping[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(markup=False, highlight=False)
+    # Off a terminal there is no width to fit; 120 leaves the table in one piece.
+    unlimited = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+    console = Console(markup=False, highlight=False, width=120 if unlimited else None)
     heads, rows = table(result)
     shown = Table(box=None, pad_edge=False)
     for index, head in enumerate(heads):

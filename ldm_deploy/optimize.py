@@ -43,6 +43,7 @@ def optimize(
     from ldm_deploy.eval.budget import load_budget
     from ldm_deploy.eval.compare import evaluate_bundle
     from ldm_deploy.eval.latency import machine
+    from ldm_deploy.eval.lpips_distance import backbones_there
     from ldm_deploy.eval.report import write_report
     from ldm_deploy.export.to_onnx import export_reference
     from ldm_deploy.models.reference import reference_digest, resolve_reference
@@ -86,7 +87,17 @@ def optimize(
         with staged_directory(directory) as staging:
             write_report(report, staging)
 
-    _stage(evaluated, {"bundle": key, "budget": limits.digest, "machine": fingerprint, "threads": threads}, evaluate)
+    _stage(
+        evaluated,
+        {
+            "bundle": key,
+            "budget": limits.digest,
+            "machine": fingerprint,
+            "threads": threads,
+            "lpips": backbones_there(),  # fetched since the last run, they turn "not measured" into a figure
+        },
+        evaluate,
+    )
     report: dict[str, Any] = json.loads((evaluated / "report.json").read_text(encoding="utf-8"))
     _assemble(quantized, evaluated, report["chosen"], out)
     return report
