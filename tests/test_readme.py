@@ -44,6 +44,8 @@ def parses(line: str, targets: set[str], *, complete: bool) -> bool:
         return all(word in targets for word in words[1:] if "=" not in word and word != "help") and len(words) > 1
     if words[0] == "pip":
         return words[1] == "install"
+    if words[0] == ".venv/bin/python":
+        return (Path(__file__).parents[1] / words[1]).is_file()
     if words[0] != "ldm-deploy":
         return False
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
@@ -124,6 +126,7 @@ def test_toml_blocks_load(root: Path, tmp_path: Path) -> None:
         "ldm-deploy sample build/reference 'red apple' --sede 0 --out x.png",
         "ldm-deploy eval",
         "rm -rf build",
+        ".venv/bin/python benchmarks/unet_int9.py",
     ],
 )
 def test_a_planted_wrong_command_is_found(root: Path, line: str) -> None:
