@@ -249,6 +249,7 @@ def sample(
     negative_prompt: Annotated[str | None, Option("--negative-prompt", metavar="TEXT")] = None,
     engine: Annotated[str | None, Option("--engine", metavar="E", help="A variant; see inspect.")] = None,
     size: Annotated[str | None, Option("--size", metavar="HxW", help="Height and width in pixels.")] = None,
+    sampler: Annotated[str | None, Option("--sampler", metavar="S", help="ddim, dpmsolver++, …")] = None,
     json: Json = None, seed: Seed = 0, threads: Threads = None, quiet: Quiet = False,
 ) -> Result:  # fmt: skip
     """Draw an image with a bundle."""
@@ -258,6 +259,7 @@ def sample(
         "guidance_scale": guidance_scale,
         "negative_prompt": negative_prompt,
         "size": commands.parse_size(size),
+        "sampler": sampler,
     }
     return commands.draw(bundle, prompt, out, engine, threads, request), 0
 

@@ -2,15 +2,19 @@
 
 numpy only. Coefficients are float64, latents keep their dtype (float32). One free function per sampler; each is handed
 a_t = alphas_cumprod at the current and at the next timestep (a_next = 1 after the last step: no noise is left).
+`SamplerRun` walks through the steps of any of them.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable
 
 import numpy as np
 
 from ldm_deploy.diffusion.schedule import Schedule
 
-SAMPLERS = ("ddim", "ddpm")
+SAMPLERS = ("ddim", "ddpm", "dpmsolver++", "euler", "lcm")
 
 
 def predicted_original(sample: np.ndarray, prediction: np.ndarray, a_t: float, prediction_type: str) -> np.ndarray:
@@ -18,6 +22,8 @@ def predicted_original(sample: np.ndarray, prediction: np.ndarray, a_t: float, p
 
     epsilon: Ho et al. 2020, arXiv:2006.11239, eq. 15. v: Salimans and Ho 2022, arXiv:2202.00512, appendix D.
     """
+    if prediction_type == "sample":
+        return prediction
     if prediction_type == "v_prediction":
         return np.sqrt(a_t) * sample - np.sqrt(1 - a_t) * prediction
     return (sample - np.sqrt(1 - a_t) * prediction) / np.sqrt(a_t)
@@ -25,6 +31,8 @@ def predicted_original(sample: np.ndarray, prediction: np.ndarray, a_t: float, p
 
 def predicted_noise(sample: np.ndarray, prediction: np.ndarray, a_t: float, prediction_type: str) -> np.ndarray:
     """The noise that a prediction at noise level a_t amounts to, shape of `sample`; same sources."""
+    if prediction_type == "sample":
+        return (sample - np.sqrt(a_t) * prediction) / np.sqrt(1 - a_t)
     if prediction_type == "v_prediction":
         return np.sqrt(a_t) * prediction + np.sqrt(1 - a_t) * sample
     return prediction
@@ -39,6 +47,22 @@ def ddim_step(
     return np.sqrt(a_next) * original + np.sqrt(1 - a_next) * noise
 
 
+def euler_step(
+    sample: np.ndarray, prediction: np.ndarray, a_t: float, a_next: float, prediction_type: str
+) -> np.ndarray:
+    """One Euler step of the probability-flow ODE in sigma (Karras et al. 2022, arXiv:2206.00364, algorithm 1), float64.
+
+    With y = x / sqrt(a) and sigma = sqrt((1 - a) / a): y' = y + (sigma' - sigma) dy/dsigma. Carried out in y this is
+    DDIM in other coordinates (Song et al. 2021, section 4.3); at a_t = 0, where y is infinite, DDIM's form is used.
+    """
+    if a_t == 0:
+        return ddim_step(sample, prediction, a_t, a_next, prediction_type)
+    sigma, sigma_next = math.sqrt((1 - a_t) / a_t), math.sqrt((1 - a_next) / a_next)
+    scaled = sample / np.sqrt(a_t)
+    slope = (scaled - predicted_original(sample, prediction, a_t, prediction_type)) / sigma
+    return np.sqrt(a_next) * (scaled + (sigma_next - sigma) * slope)
+
+
 def ddpm_step(
     sample: np.ndarray, prediction: np.ndarray, a_t: float, a_next: float, prediction_type: str, noise: np.ndarray
 ) -> np.ndarray:
@@ -51,6 +75,81 @@ def ddpm_step(
     mean = np.sqrt(a_next) * (1 - alpha) / (1 - a_t) * original + np.sqrt(alpha) * (1 - a_next) / (1 - a_t) * sample
     variance = (1 - a_next) / (1 - a_t) * (1 - alpha)
     return mean + np.sqrt(variance) * noise
+
+
+def half_log_snr(a_t: float) -> float:
+    """lambda = log(sqrt(a_t) / sqrt(1 - a_t)); minus infinity at a_t = 0, infinity at 1."""
+    if a_t in (0, 1):
+        return math.inf if a_t == 1 else -math.inf
+    return 0.5 * math.log(a_t / (1 - a_t))
+
+
+def dpmsolver_step(
+    sample: np.ndarray,
+    original: np.ndarray,
+    a_t: float,
+    a_next: float,
+    earlier: tuple[np.ndarray, float] | None = None,
+) -> np.ndarray:
+    """One step of DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095, algorithm 2), float64.
+
+    `original`: predicted x_0 at a_t; `earlier`: (predicted x_0, a) of the step before. First order without it, in the
+    last step (a_next = 1) and where the step before started from pure noise (a = 0): its half log-SNR is infinite.
+    """
+    step_size = half_log_snr(a_next) - half_log_snr(a_t)
+    direction = np.asarray(original, dtype=np.float64)
+    if earlier is not None and a_next < 1 and earlier[1] > 0:
+        ratio = (half_log_snr(a_t) - half_log_snr(earlier[1])) / step_size
+        direction = original + (original - earlier[0]) / (2 * ratio)
+    return math.sqrt((1 - a_next) / (1 - a_t)) * sample - math.sqrt(a_next) * math.expm1(-step_size) * direction
+
+
+# Luo et al. 2023, arXiv:2310.04378, section 4.1 with the released values: c_skip = d^2 / (t^2 + d^2) and
+# c_out = t / sqrt(t^2 + d^2) for the scaled timestep t.
+LCM_SIGMA_DATA = 0.5
+LCM_TIMESTEP_SCALING = 10.0
+
+
+def lcm_step(sample: np.ndarray, original: np.ndarray, timestep: int, a_next: float, noise: np.ndarray) -> np.ndarray:
+    """One step of multistep consistency sampling (Song et al. 2023, arXiv:2303.01469, algorithm 1), float64.
+
+    The consistency function c_skip x + c_out x_0, noised again to a_next; for models distilled to be one.
+    `noise` has no effect in the last step (a_next = 1).
+    """
+    scaled = timestep * LCM_TIMESTEP_SCALING
+    c_skip = LCM_SIGMA_DATA**2 / (scaled**2 + LCM_SIGMA_DATA**2)
+    c_out = scaled / math.sqrt(scaled**2 + LCM_SIGMA_DATA**2)
+    return np.sqrt(a_next) * (c_out * original + c_skip * sample) + np.sqrt(1 - a_next) * noise
+
+
+class SamplerRun:
+    """One walk of a sampler from noise to an image: `levels` are its steps, `step` takes one of them.
+
+    `noise(index)` returns standard normal noise of the sample's shape for step `index`; deterministic samplers never
+    ask for it.
+    """
+
+    def __init__(self, sampler: str, schedule: Schedule, steps: int, noise: Callable[[int], np.ndarray]) -> None:
+        self.sampler = sampler
+        self.levels = noise_levels(schedule, steps)
+        self.prediction_type = schedule.prediction_type
+        self._noise = noise
+        self._earlier: tuple[np.ndarray, float] | None = None
+
+    def step(self, index: int, sample: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+        """The sample at the next noise level, from the prediction at `levels[index]`; steps are taken in order."""
+        timestep, a_t, a_next = self.levels[index]
+        if self.sampler == "ddim":
+            return ddim_step(sample, prediction, a_t, a_next, self.prediction_type)
+        if self.sampler == "euler":
+            return euler_step(sample, prediction, a_t, a_next, self.prediction_type)
+        if self.sampler == "ddpm":
+            return ddpm_step(sample, prediction, a_t, a_next, self.prediction_type, self._noise(index))
+        original = predicted_original(sample, prediction, a_t, self.prediction_type)
+        if self.sampler == "lcm":
+            return lcm_step(sample, original, timestep, a_next, self._noise(index))
+        earlier, self._earlier = self._earlier, (original, a_t)
+        return dpmsolver_step(sample, original, a_t, a_next, earlier)
 
 
 def noise_levels(schedule: Schedule, steps: int) -> list[tuple[int, float, float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
@@ -11,8 +12,8 @@ import numpy as np
 
 from ldm_deploy.errors import ConfigError
 
-BETA_SCHEDULES = ("linear", "scaled_linear")
-PREDICTION_TYPES = ("epsilon", "v_prediction")
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 TIMESTEP_SPACINGS = ("leading", "trailing")
 
 
@@ -20,7 +21,10 @@ TIMESTEP_SPACINGS = ("leading", "trailing")
 class Schedule:
     """Variance-preserving: x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise (Ho et al. 2020, arXiv:2006.11239, eq. 4).
 
-    The fields carry the names of diffusers' scheduler configuration. `alphas_cumprod` is a_t.
+    The fields carry the names of diffusers' scheduler configuration. `alphas_cumprod` is a_t. "squaredcos_cap_v2" is
+    the cosine schedule, which has no beta_start and beta_end. `shift` divides the signal-to-noise ratio by shift^2:
+    latents d times as wide as those the schedule was made for keep their look at shift = d, as neighbouring pixels
+    that say the same average the noise away.
     """
 
     beta_schedule: str = "scaled_linear"
@@ -30,6 +34,7 @@ class Schedule:
     prediction_type: str = "v_prediction"
     rescale_zero_terminal_snr: bool = True
     timestep_spacing: str = "trailing"
+    shift: float = 1.0
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -45,11 +50,13 @@ class Schedule:
                 f"schedule: beta_start {self.beta_start} and beta_end {self.beta_end} "
                 "must satisfy 0 < beta_start <= beta_end < 1"
             )
+        if not 0 < self.shift < math.inf:
+            raise ConfigError(f"schedule: shift is {self.shift}; give a number above 0 (1: none)")
         if self.num_train_timesteps < 2:
             raise ConfigError(f"schedule: num_train_timesteps is {self.num_train_timesteps}; give 2 or more")
         if self.rescale_zero_terminal_snr and self.prediction_type == "epsilon":
             raise ConfigError(
-                "schedule: rescale_zero_terminal_snr needs prediction_type = 'v_prediction': "
+                "schedule: rescale_zero_terminal_snr needs prediction_type = 'v_prediction' or 'sample': "
                 "at the last timestep there is no signal for an epsilon prediction to recover"
             )
 
@@ -68,12 +75,18 @@ class Schedule:
     @cached_property
     def alphas_cumprod(self) -> np.ndarray:
         """a_t for t = 0 … T-1: float64 (T,), strictly decreasing, in [0, 1)."""
-        if self.beta_schedule == "linear":
-            betas = np.linspace(self.beta_start, self.beta_end, self.num_train_timesteps)
-        else:
-            # "scaled linear": linear in sqrt(beta) (Rombach et al. 2022, arXiv:2112.10752, released code).
-            betas = np.linspace(self.beta_start**0.5, self.beta_end**0.5, self.num_train_timesteps) ** 2
+        total = self.num_train_timesteps
+        if self.beta_schedule == "linear":  # Ho et al. 2020, section 4
+            betas = np.linspace(self.beta_start, self.beta_end, total)
+        elif self.beta_schedule == "scaled_linear":
+            # Linear in sqrt(beta) (Rombach et al. 2022, arXiv:2112.10752, released code).
+            betas = np.linspace(self.beta_start**0.5, self.beta_end**0.5, total) ** 2
+        else:  # Nichol and Dhariwal 2021, arXiv:2102.09672, eq. 17, betas capped at 0.999 as in their section 3.2
+            level = np.cos((np.arange(total + 1) / total + 0.008) / 1.008 * np.pi / 2) ** 2
+            betas = np.minimum(1 - level[1:] / level[:-1], 0.999)
         alphas_cumprod = np.cumprod(1.0 - betas)
+        # Hoogeboom et al. 2023, arXiv:2301.11093, section 3.1: log SNR - 2 log shift.
+        alphas_cumprod = alphas_cumprod / (self.shift**2 + (1 - self.shift**2) * alphas_cumprod)
         if not self.rescale_zero_terminal_snr:
             return alphas_cumprod
         # Lin et al. 2023, arXiv:2305.08891, algorithm 1: shift sqrt(a_t) to end at 0, scale it to keep the first.

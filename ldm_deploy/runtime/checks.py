@@ -46,10 +46,10 @@ MODEL_KEYS = {
     "downsampling": COUNT, "latent_channels": COUNT, "scale_factor": FACTOR, "default_size": PAIR,
     "size_multiple": COUNT, "context_length": COUNT,
 }  # fmt: skip
-# All of them: a default that is filled in silently could be another model's.
+# All of them: a default that is filled in silently could be another model's. Only `shift` came later: absent, it is 1.
 SCHEDULE_KEYS = {
     "beta_schedule": TEXT, "num_train_timesteps": COUNT, "beta_start": FACTOR, "beta_end": FACTOR,
-    "prediction_type": TEXT, "rescale_zero_terminal_snr": YES_OR_NO, "timestep_spacing": TEXT,
+    "prediction_type": TEXT, "rescale_zero_terminal_snr": YES_OR_NO, "timestep_spacing": TEXT, "shift": FACTOR,
 }  # fmt: skip
 ENGINE_KEYS = {
     "id": TEXT, "component": TEXT, "precision": TEXT, "runtime": TEXT, "runtime_versions": TEXT, "device": TEXT,
@@ -71,7 +71,7 @@ def check_description(root: Path, data: Mapping[str, Any]) -> None:
     file = root / BUNDLE_FILE
     _check_keys(file, "", data, BUNDLE_KEYS)
     _check_keys(file, "model.", data["model"], MODEL_KEYS)
-    _check_keys(file, "schedule.", data["schedule"], SCHEDULE_KEYS)
+    _check_keys(file, "schedule.", {"shift": 1.0, **data["schedule"]}, SCHEDULE_KEYS)
     for index, entry in enumerate(data["engines"]):
         _check_keys(file, f"engines[{index}].", entry, ENGINE_KEYS)
     for index, entry in enumerate(data["variants"]):

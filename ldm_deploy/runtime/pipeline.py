@@ -9,13 +9,14 @@ from typing import Any, cast
 
 import numpy as np
 
-from ldm_deploy.diffusion.samplers import SAMPLERS, ddim_step, ddpm_step, noise_levels
+from ldm_deploy.diffusion.samplers import SAMPLERS, SamplerRun
 from ldm_deploy.diffusion.schedule import Schedule
 from ldm_deploy.errors import BundleError, EngineError, PromptError
 from ldm_deploy.runtime.bundle import Bundle, VariantRecord, check_runtime_versions, read_bundle
 from ldm_deploy.runtime.engines import Engine, check_supported, open_engine
 from ldm_deploy.runtime.noise import gaussian_noise
 from ldm_deploy.runtime.request import (
+    check_guidance_rescale,
     check_guidance_scale,
     check_sampler,
     check_steps,
@@ -94,20 +95,23 @@ class Pipeline:
         negative_prompt: str | Sequence[str] | None = None,
         size: tuple[int, int] | None = None,
         sampler: str | None = None,
+        guidance_rescale: float = 0.0,
         on_step: OnStep | None = None,
     ) -> np.ndarray:
         """Draw one image per prompt: uint8 (batch, H, W, 3).
 
         `seed`: one per image, or one number n for seeds n, n + 1, …. `size`: (height, width) in pixels. Guidance
         (Ho and Salimans 2022, arXiv:2207.12598): uncond + guidance_scale · (cond - uncond), where uncond is asked for
-        `negative_prompt` (one, or one per image; by default the empty text); a scale of 1 skips that half. `on_step`
-        is called after every step; an exception it raises ends the call.
+        `negative_prompt` (one, or one per image; by default the empty text); a scale of 1 skips that half.
+        `guidance_rescale` 0 to 1: see `rescale_guidance`. `on_step` is called after every step; an exception it raises
+        ends the call.
         Raises `PromptError` for a request that cannot be served, and `EngineError` naming the component for an engine
         that fails or returns what is not finite.
         """
         latents = self.sample_latents(
             prompt, seed, steps, guidance_scale,
-            negative_prompt=negative_prompt, size=size, sampler=sampler, on_step=on_step,
+            negative_prompt=negative_prompt, size=size, sampler=sampler, guidance_rescale=guidance_rescale,
+            on_step=on_step,
         )  # fmt: skip
         return self.decode(latents)
 
@@ -121,6 +125,7 @@ class Pipeline:
         negative_prompt: str | Sequence[str] | None = None,
         size: tuple[int, int] | None = None,
         sampler: str | None = None,
+        guidance_rescale: float = 0.0,
         on_step: OnStep | None = None,
     ) -> np.ndarray:
         """As `__call__`, without the decoder: scaled latents, float32 (batch, z, H/f, W/f)."""
@@ -130,28 +135,33 @@ class Pipeline:
         steps = check_steps(self.steps if steps is None else steps, self.schedule.num_train_timesteps)
         scale = check_guidance_scale(self.guidance_scale if guidance_scale is None else guidance_scale)
         sampler = check_sampler(self.sampler if sampler is None else sampler)
+        rescale = check_guidance_rescale(guidance_rescale)
         shape = latent_shape(self.model, size)
 
         guided = scale != 1
         ids = self.tokenizer.encode([*(negatives if guided else []), *prompts])
         context = self._run("text_encoder", {"input_ids": ids}, "encoder_hidden_states")
         latents = gaussian_noise(seeds, shape)
-        kind = self.schedule.prediction_type
-        for index, (timestep, level, following) in enumerate(noise_levels(self.schedule, steps)):
+        run = SamplerRun(
+            sampler, self.schedule, steps, noise=lambda index: gaussian_noise(seeds, shape, stream=index + 1)
+        )
+        for index, (timestep, _, _) in enumerate(run.levels):
             where = f" at step {index + 1} of {steps} (timestep {timestep})"
-            prediction = self._predict(latents, timestep, context, scale if guided else None, where)
-            if sampler == "ddim":
-                latents = ddim_step(latents, prediction, level, following, kind)
-            else:
-                noise = gaussian_noise(seeds, shape, stream=index + 1)
-                latents = ddpm_step(latents, prediction, level, following, kind, noise)
+            prediction = self._predict(latents, timestep, context, scale if guided else None, rescale, where)
+            latents = run.step(index, latents, prediction)
             latents = latents.astype(np.float32)
             if on_step is not None:
                 on_step(index, timestep, latents)
         return latents
 
     def _predict(
-        self, latents: np.ndarray, timestep: int, context: np.ndarray, scale: float | None, where: str
+        self,
+        latents: np.ndarray,
+        timestep: int,
+        context: np.ndarray,
+        scale: float | None,
+        rescale: float,
+        where: str,
     ) -> np.ndarray:
         """The model's prediction; with guidance both halves go through the U-Net as one batch."""
         sample = latents if scale is None else np.concatenate([latents, latents])
@@ -164,7 +174,8 @@ class Pipeline:
         if scale is None:
             return prediction
         unconditional, conditional = np.split(prediction, 2)
-        return unconditional + np.float32(scale) * (conditional - unconditional)
+        guided = unconditional + np.float32(scale) * (conditional - unconditional)
+        return rescale_guidance(guided, conditional, rescale) if rescale else guided
 
     def _run(self, component: str, feeds: Mapping[str, np.ndarray], output: str, where: str = "") -> np.ndarray:
         """One output of one component; no NaN or infinity travels on from here."""
@@ -205,6 +216,16 @@ class Pipeline:
         scaled = image.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(127.5) - 1
         mean = self._run("vae_encoder", {"image": np.ascontiguousarray(scaled)}, "latent_mean")
         return (mean * self.model["scale_factor"]).astype(np.float32)
+
+
+def rescale_guidance(guided: np.ndarray, conditional: np.ndarray, amount: float) -> np.ndarray:
+    """Bring a guided prediction back towards the spread of the conditional one: both (batch, z, h, w).
+
+    Guidance inflates the standard deviation, which over-exposes images (Lin et al. 2023, arXiv:2305.08891, eq. 15 and
+    16). `amount` 0 changes nothing, 1 restores the standard deviation of each image.
+    """
+    ratio = conditional.std(axis=(1, 2, 3), keepdims=True) / guided.std(axis=(1, 2, 3), keepdims=True)
+    return (amount * ratio + (1 - amount)).astype(np.float32) * guided
 
 
 def load(

@@ -65,6 +65,12 @@ def check_guidance_scale(scale: Any) -> float:
     return float(scale)
 
 
+def check_guidance_rescale(amount: Any) -> float:
+    if isinstance(amount, bool) or not isinstance(amount, Real) or not 0 <= float(amount) <= 1:
+        raise PromptError(f"guidance_rescale is {amount!r}; give a number from 0 (none) to 1")
+    return float(amount)
+
+
 def check_sampler(sampler: str) -> str:
     if sampler not in SAMPLERS:
         raise PromptError(f"sampler is {sampler!r}; allowed: {', '.join(SAMPLERS)}")

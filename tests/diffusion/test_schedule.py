@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from ldm_deploy.diffusion.objective import snr
 from ldm_deploy.diffusion.schedule import Schedule
 from ldm_deploy.errors import ConfigError
 
@@ -33,6 +34,8 @@ SCHEDULES = [
     Schedule(rescale_zero_terminal_snr=False, prediction_type="epsilon"),
     Schedule(rescale_zero_terminal_snr=False, prediction_type="epsilon", timestep_spacing="leading"),
     Schedule(beta_schedule="linear", beta_start=1e-4, beta_end=0.02, rescale_zero_terminal_snr=False),
+    Schedule(beta_schedule="squaredcos_cap_v2", rescale_zero_terminal_snr=False),
+    Schedule(prediction_type="sample"),
 ]
 
 
@@ -68,3 +71,24 @@ def test_impossible_schedules_are_refused():
     with pytest.raises(ConfigError, match="unknown key 'betas'"):
         Schedule.from_dict({"betas": 1})
     assert Schedule.from_dict(Schedule().to_dict()) == Schedule()
+
+
+@pytest.mark.parametrize("rescale", [False, True])
+@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
+def test_shift_divides_the_signal_to_noise_ratio_by_its_square(shift, rescale):
+    from diffusers import CogVideoXDDIMScheduler
+
+    schedule = Schedule(shift=shift, rescale_zero_terminal_snr=rescale)
+    theirs = CogVideoXDDIMScheduler(
+        beta_schedule="scaled_linear", snr_shift_scale=shift**2, rescale_betas_zero_snr=rescale
+    )
+    np.testing.assert_allclose(schedule.alphas_cumprod, theirs.alphas_cumprod.numpy(), rtol=1e-4, atol=1e-6)
+    if not rescale:
+        plain = snr(Schedule(rescale_zero_terminal_snr=False).alphas_cumprod)
+        np.testing.assert_allclose(snr(schedule.alphas_cumprod), plain / shift**2, rtol=1e-9)
+
+
+def test_a_shift_that_means_nothing_is_refused():
+    for shift in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(ConfigError, match=rf"shift is {shift}; give a number above 0"):
+            Schedule(shift=shift)

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 import ldm_deploy
-from ldm_deploy.diffusion.samplers import ddim_step, noise_levels
+from ldm_deploy.diffusion.samplers import SAMPLERS, ddim_step, noise_levels
 from ldm_deploy.errors import EngineError, PromptError
 from ldm_deploy.runtime.noise import gaussian_noise
+from ldm_deploy.runtime.pipeline import rescale_guidance
 from tests.tiny_bundle import MODEL, write_tiny_bundle
 
 
@@ -72,6 +73,46 @@ def test_guidance_is_extrapolation_from_the_negative_prompt(pipeline):
         latents = ddim_step(latents, guided, level, following, "v_prediction").astype(np.float32)
     ours = pipeline.sample_latents("sun", seed=9, steps=4, guidance_scale=3.5, negative_prompt="a")
     np.testing.assert_allclose(ours, latents, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_draws_a_batch_as_it_draws_its_images(pipeline, sampler):
+    both = pipeline.sample_latents(["sun", "rocket"], seed=[4, 9], steps=5, sampler=sampler)
+    alone = pipeline.sample_latents("rocket", seed=9, steps=5, sampler=sampler)
+    np.testing.assert_allclose(both[1:], alone, rtol=1e-4, atol=1e-5)
+    again = pipeline.sample_latents("rocket", seed=9, steps=5, sampler=sampler)
+    np.testing.assert_array_equal(alone, again)
+    if sampler not in ("ddim", "euler"):  # which are one method
+        assert np.abs(alone - pipeline.sample_latents("rocket", seed=9, steps=5)).max() > 1e-2
+
+
+def test_rescaled_guidance_equals_diffusers():
+    import torch
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+
+    guided, conditional = np.random.default_rng(0).standard_normal((2, 3, 4, 8, 8), dtype=np.float32)
+    guided *= 3
+    for amount in (0.0, 0.7, 1.0):
+        theirs = rescale_noise_cfg(torch.from_numpy(guided), torch.from_numpy(conditional), amount).numpy()
+        # torch divides by n - 1 in both standard deviations, numpy by n: the ratio is the same.
+        np.testing.assert_allclose(rescale_guidance(guided, conditional, amount), theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_rescaled_guidance_reaches_the_sampler(pipeline):
+    class Contrast:
+        """Predicts the sample, twice as strong for the caption as for the empty text."""
+
+        def run(self, feeds):
+            strength = np.array([1, 2], dtype=np.float32)[:, None, None, None]
+            return {"prediction": 0.1 * strength * feeds["sample"]}
+
+    contrast = pipeline.with_engines({"unet": Contrast()})
+    options = {"prompt": "sun", "seed": 1, "steps": 1}
+    conditional = 0.2 * gaussian_noise([1], (4, 8, 8))  # what one step makes of it, for v: -prediction
+    rescaled = contrast.sample_latents(**options, guidance_scale=7.0, guidance_rescale=1.0)
+    np.testing.assert_allclose(rescaled, -conditional, rtol=1e-5)
+    plain = contrast.sample_latents(**options, guidance_scale=7.0)
+    np.testing.assert_allclose(plain, -conditional * 0.8 / 0.2, rtol=1e-5)  # 0.1 + 7 (0.2 - 0.1)
 
 
 def test_guidance_scale_of_one_asks_the_unet_once_per_image(directory):
@@ -163,7 +204,9 @@ def test_engines_are_opened_when_first_used(directory, monkeypatch):
         ({"prompt": "sun", "guidance_scale": float("nan")}, "guidance_scale is nan"),
         ({"prompt": "sun", "guidance_scale": -1}, "guidance_scale is -1; give a number of 0 or more"),
         ({"prompt": "sun", "guidance_scale": "5"}, "guidance_scale is '5'; give a number"),
-        ({"prompt": "sun", "sampler": "euler"}, "sampler is 'euler'; allowed: ddim, ddpm"),
+        ({"prompt": "sun", "sampler": "eulr"}, "sampler is 'eulr'; allowed: ddim, ddpm, dpmsolver"),
+        ({"prompt": "sun", "guidance_rescale": 1.5}, "guidance_rescale is 1.5; give a number from 0"),
+        ({"prompt": "sun", "guidance_rescale": True}, "guidance_rescale is True; give a number from 0"),
         ({"prompt": "sun", "size": 32}, r"size is 32; give \(height, width\) in pixels"),
         ({"prompt": "sun", "size": (32.0, 32)}, r"height is 32\.0; give an integer, a multiple of 16"),
     ],
