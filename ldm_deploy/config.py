@@ -16,13 +16,20 @@ from ldm_deploy.errors import ConfigError
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    channels: tuple[int, ...] = (32, 64, 96)
-    num_res_blocks: int = 1
+    ch: int = 128
+    ch_mult: tuple[int, ...] = (1, 2, 4, 8)
+    num_res_blocks: int = 2
     z_channels: int = 4
+    norm_groups: int = 32
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Width of each level, from the image's resolution down."""
+        return tuple(self.ch * factor for factor in self.ch_mult)
 
     @property
     def downsampling(self) -> int:
-        return int(2 ** (len(self.channels) - 1))
+        return int(2 ** (len(self.ch_mult) - 1))
 
 
 @dataclass(frozen=True)
@@ -36,11 +43,11 @@ class TextEncoderConfig:
 
 @dataclass(frozen=True)
 class UNetConfig:
-    channels: tuple[int, ...] = (64, 96, 128)
+    channels: tuple[int, ...] = (64, 80, 112)
     num_res_blocks: int = 1
     attention_levels: tuple[int, ...] = (1, 2)
-    head_channels: int = 32
-    expansion: int = 2
+    num_heads: tuple[int, ...] = (4, 5, 7)
+    norm_groups: int = 16
 
 
 @dataclass(frozen=True)
@@ -71,7 +78,7 @@ class Config:
     diffusion_training: StageConfig
     resolution: int = 64
     seed: int = 0
-    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    autoencoder: AutoencoderConfig = field(default_factory=lambda: AutoencoderConfig(32, (1, 2, 3), 1, 6, 8))
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
     schedule: Schedule = field(default_factory=Schedule)
@@ -87,21 +94,31 @@ class Config:
 
     def __post_init__(self) -> None:
         for section, model in (("autoencoder", self.autoencoder), ("unet", self.unet)):
-            if not model.channels or min(model.channels) < 1:
-                raise ConfigError(f"{section}.channels is {list(model.channels)}; give a width of 1 or more per level")
+            widths = list(model.channels)
+            if not widths or min(widths) < 1:
+                raise ConfigError(f"{section}: the levels have {widths} channels; give 1 or more, for each level")
+            if model.norm_groups < 1 or any(width % model.norm_groups for width in widths):
+                raise ConfigError(
+                    f"{section}: the levels have {widths} channels, and norm_groups is {model.norm_groups}; "
+                    "each width must be a multiple of it"
+                )
         if self.resolution % self.size_multiple or self.resolution < self.size_multiple:
             raise ConfigError(
                 f"resolution is {self.resolution}; it must be a multiple of {self.size_multiple} "
                 f"(autoencoder {self.autoencoder.downsampling} x U-Net {2 ** (len(self.unet.channels) - 1)})"
             )
         levels = range(len(self.unet.channels))
+        if len(self.unet.num_heads) != len(levels):
+            raise ConfigError(
+                f"unet.num_heads is {list(self.unet.num_heads)}; give one number for each of the {len(levels)} levels"
+            )
         for level in self.unet.attention_levels:
             if level not in levels:
                 raise ConfigError(f"unet.attention_levels names level {level}; the levels are {list(levels)}")
-            if self.unet.channels[level] % self.unet.head_channels:
+            if self.unet.num_heads[level] < 1 or self.unet.channels[level] % self.unet.num_heads[level]:
                 raise ConfigError(
-                    f"unet.channels[{level}] is {self.unet.channels[level]}, no multiple of head_channels "
-                    f"{self.unet.head_channels}; change one of them"
+                    f"unet.channels[{level}] is {self.unet.channels[level]}, no multiple of num_heads[{level}] "
+                    f"{self.unet.num_heads[level]}; change one of them"
                 )
         if self.text_encoder.width % self.text_encoder.head_channels:
             raise ConfigError(
@@ -127,11 +144,11 @@ class Config:
 
 # name       (autoencoder: steps, batch, rate)   (diffusion: steps, batch, rate)   changed models
 PRESETS: dict[str, Config] = {
-    "reference": Config("reference", StageConfig(3200, 16, 2.0e-3), StageConfig(16000, 32, 1.0e-3, restarts=(9000,))),
+    "reference": Config("reference", StageConfig(6400, 16, 2.0e-3), StageConfig(20000, 32, 1.0e-3)),
     "quick":     Config("quick",     StageConfig( 450, 16, 2.0e-3), StageConfig( 500, 16, 1.0e-3)),
     "tiny":      Config("tiny",      StageConfig(   4,  2, 1.0e-3), StageConfig(   4,  2, 1.0e-3), resolution=32,
-                        autoencoder=AutoencoderConfig((8, 8, 16)),
-                        unet=UNetConfig((16, 32), head_channels=16, attention_levels=(1,)),
+                        autoencoder=AutoencoderConfig(8, (1, 1, 2), 1, 4, 4),
+                        unet=UNetConfig((16, 32), num_heads=(1, 2), attention_levels=(1,), norm_groups=8),
                         text_encoder=TextEncoderConfig(512, 16, 32, 1, 16)),
 }  # fmt: skip
 

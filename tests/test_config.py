@@ -23,7 +23,7 @@ def test_toml_changes_what_it_names_and_nothing_else(tmp_path):
     assert config.unet.channels == (16, 48)
     assert config.autoencoder_training.steps == 7
     assert config.kl_weight == 1.0
-    assert config.unet.head_channels == PRESETS["tiny"].unet.head_channels
+    assert config.unet.num_heads == PRESETS["tiny"].unet.num_heads
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,11 @@ def test_toml_changes_what_it_names_and_nothing_else(tmp_path):
         ("resolution = 40", "resolution is 40; it must be a multiple of 16"),
         ("unet = 3", r"unet is 3; give a table \[unet\]"),
         ("[unet]\nchannels = 64", "channels is 64; give a list of integers"),
-        ("[unet]\nhead_channels = 36", "no multiple of head_channels 36"),
+        ("[unet]\nnum_heads = [1, 3, 1]", r"channels\[1\] is 80, no multiple of num_heads\[1\] 3; change one of them"),
+        ("[unet]\nnum_heads = [1]", r"num_heads is \[1\]; give one number for each of the 3 levels"),
+        ("[unet]\nnorm_groups = 32", r"unet: the levels have \[64, 80, 112\] channels, and norm_groups is 32"),
+        ("[autoencoder]\nch = 20", r"autoencoder: the levels have \[20, 40, 60\] channels, and norm_groups is 8"),
+        ("[autoencoder]\nch_mult = []", r"autoencoder: the levels have \[\] channels; give 1 or more"),
         ("[unet]\nattention_levels = [3]", "attention_levels names level 3"),
         ("[text_encoder]\nwidth = 100", r"text_encoder\.width is 100"),
         ("caption_dropout = 1.5", "caption_dropout is 1.5; allowed: 0 to 1"),

@@ -10,35 +10,41 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ldm_deploy.models.layers import Downsample, ResidualBlock, SpatialAttention, Upsample, normalization
+from ldm_deploy.models.layers import DownsampleAsymmetric, ResidualBlock, SpatialAttention, Upsample
 
 LOGVAR_RANGE = (-30.0, 20.0)
+EPS = 1e-6  # of every normalisation
 
 
 class Middle(nn.Sequential):
     """Residual block, self-attention, residual block at the lowest resolution."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, groups: int) -> None:
         super().__init__(
-            ResidualBlock(channels, channels), SpatialAttention(channels), ResidualBlock(channels, channels)
+            ResidualBlock(channels, channels, groups, eps=EPS),
+            SpatialAttention(channels, groups),
+            ResidualBlock(channels, channels, groups, eps=EPS),
         )
 
 
 class Encoder(nn.Module):
-    """image (batch, 3, H, W) in [-1, 1] -> moments (batch, 2·z, H/f, W/f), f = 2^(levels - 1)."""
+    """image (batch, 3, H, W) in [-1, 1] -> moments (batch, outputs, H/f, W/f), f = 2^(levels - 1).
 
-    def __init__(self, channels: Sequence[int], num_res_blocks: int, z_channels: int) -> None:
+    `widths`: channels per level, from the image's resolution down.
+    """
+
+    def __init__(self, widths: Sequence[int], num_res_blocks: int, outputs: int, groups: int) -> None:
         super().__init__()
-        layers: list[nn.Module] = [nn.Conv2d(3, channels[0], 3, padding=1)]
-        width = channels[0]
-        for level, level_channels in enumerate(channels):
+        width = widths[0]
+        layers: list[nn.Module] = [nn.Conv2d(3, width, 3, padding=1)]
+        for level, level_width in enumerate(widths):
             if level:
-                layers.append(Downsample(width))
+                layers.append(DownsampleAsymmetric(width))
             for _ in range(num_res_blocks):
-                layers.append(ResidualBlock(width, level_channels))
-                width = level_channels
-        layers += [Middle(width), normalization(width), nn.SiLU()]
-        self.layers = nn.Sequential(*layers, nn.Conv2d(width, 2 * z_channels, 3, padding=1))
+                layers.append(ResidualBlock(width, level_width, groups, eps=EPS))
+                width = level_width
+        layers += [Middle(width, groups), nn.GroupNorm(groups, width, EPS), nn.SiLU()]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(width, outputs, 3, padding=1))
 
     def forward(self, image: Tensor) -> Tensor:
         return self.layers(image)
@@ -50,17 +56,17 @@ class Decoder(nn.Module):
     One residual block more per level than the encoder, as in Rombach et al.'s released code.
     """
 
-    def __init__(self, channels: Sequence[int], num_res_blocks: int, z_channels: int) -> None:
+    def __init__(self, widths: Sequence[int], num_res_blocks: int, z_channels: int, groups: int) -> None:
         super().__init__()
-        width = channels[-1]
-        layers: list[nn.Module] = [nn.Conv2d(z_channels, width, 3, padding=1), Middle(width)]
-        for level, level_channels in enumerate(reversed(channels)):
+        width = widths[-1]
+        layers: list[nn.Module] = [nn.Conv2d(z_channels, width, 3, padding=1), Middle(width, groups)]
+        for level, level_width in enumerate(reversed(widths)):
             if level:
                 layers.append(Upsample(width))
             for _ in range(num_res_blocks + 1):
-                layers.append(ResidualBlock(width, level_channels))
-                width = level_channels
-        layers += [normalization(width), nn.SiLU()]
+                layers.append(ResidualBlock(width, level_width, groups, eps=EPS))
+                width = level_width
+        layers += [nn.GroupNorm(groups, width, EPS), nn.SiLU()]
         self.layers = nn.Sequential(*layers, nn.Conv2d(width, 3, 3, padding=1))
 
     def forward(self, latent: Tensor) -> Tensor:
@@ -70,23 +76,29 @@ class Decoder(nn.Module):
 class Autoencoder(nn.Module):
     """Encoder and decoder around a diagonal Gaussian posterior.
 
-    `channels`: one width per level, from the image's resolution down; downsampling factor f = 2^(levels - 1).
+    Level i has ch · ch_mult[i] channels, from the image's resolution down; downsampling factor f = 2^(levels - 1).
     Heights and widths must be multiples of f; any batch, height and width will do otherwise.
     """
 
-    def __init__(self, channels: Sequence[int], num_res_blocks: int, z_channels: int) -> None:
+    def __init__(self, ch: int, ch_mult: Sequence[int], num_res_blocks: int, z_channels: int, norm_groups: int) -> None:
         super().__init__()
-        self.encoder = Encoder(channels, num_res_blocks, z_channels)
-        self.decoder = Decoder(channels, num_res_blocks, z_channels)
+        widths = tuple(ch * factor for factor in ch_mult)
+        self.widths, self.num_res_blocks, self.z_channels, self.norm_groups = (
+            widths, num_res_blocks, z_channels, norm_groups
+        )  # fmt: skip
+        self.encoder = Encoder(widths, num_res_blocks, 2 * z_channels, norm_groups)
+        self.quant_conv = nn.Conv2d(2 * z_channels, 2 * z_channels, 1)
+        self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 1)
+        self.decoder = Decoder(widths, num_res_blocks, z_channels, norm_groups)
 
     def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """image (batch, 3, H, W) in [-1, 1] -> posterior mean and log-variance, each (batch, z, H/f, W/f), unscaled."""
-        mean, logvar = self.encoder(image).chunk(2, dim=1)
+        mean, logvar = self.quant_conv(self.encoder(image)).chunk(2, dim=1)
         return mean, logvar.clamp(*LOGVAR_RANGE)
 
     def decode(self, latent: Tensor) -> Tensor:
         """latent (batch, z, H/f, W/f), unscaled -> image (batch, 3, H, W) in [-1, 1]."""
-        return self.decoder(latent).clamp(-1, 1)
+        return self.decoder(self.post_quant_conv(latent)).clamp(-1, 1)
 
     def forward(self, image: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Reconstruct through mean + exp(logvar / 2) · noise (Kingma and Welling 2014, section 2.4).
@@ -96,4 +108,4 @@ class Autoencoder(nn.Module):
         """
         mean, logvar = self.encode(image)
         latent = mean if noise is None else mean + torch.exp(0.5 * logvar) * noise
-        return self.decoder(latent), mean, logvar
+        return self.decoder(self.post_quant_conv(latent)), mean, logvar

@@ -1,6 +1,7 @@
-"""Building blocks shared by the autoencoder and the U-Net.
+"""Building blocks shared by the autoencoder and the U-Net, in the layout of Stable Diffusion 1.x.
 
-Tensors are float (batch, channels, height, width) unless said otherwise.
+Tensors are float (batch, channels, height, width) unless said otherwise. `groups` is the number of groups of every
+GroupNorm (Wu and He 2018, arXiv:1803.08494); `channels` must be a multiple of it.
 """
 
 from __future__ import annotations
@@ -13,12 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 LayerT = TypeVar("LayerT", bound=nn.Module)
-
-
-def normalization(channels: int) -> nn.GroupNorm:
-    """GroupNorm (Wu and He 2018, arXiv:1803.08494) with 16 channels per group where they divide, else 8, 4, 2 or 1."""
-    size = next(size for size in (16, 8, 4, 2, 1) if channels % size == 0)
-    return nn.GroupNorm(channels // size, channels, eps=1e-5)
 
 
 def zero_initialized(layer: LayerT) -> LayerT:
@@ -35,12 +30,14 @@ class ResidualBlock(nn.Module):
     (Ho et al. 2020, appendix B).
     """
 
-    def __init__(self, in_channels: int, out_channels: int, embedding_channels: int = 0) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, groups: int, embedding_channels: int = 0, eps: float = 1e-5
+    ) -> None:
         super().__init__()
-        self.norm1 = normalization(in_channels)
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.embedding = nn.Linear(embedding_channels, out_channels) if embedding_channels else None
-        self.norm2 = normalization(out_channels)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps)
         self.conv2 = zero_initialized(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
@@ -61,12 +58,14 @@ class Attention(nn.Module):
     tensor. Returns (batch, n, channels).
     """
 
-    def __init__(self, channels: int, head_channels: int, context_channels: int | None = None) -> None:
+    def __init__(
+        self, channels: int, head_channels: int, context_channels: int | None = None, bias: bool = False
+    ) -> None:
         super().__init__()
         self.head_channels = head_channels
-        self.to_q = nn.Linear(channels, channels, bias=False)
-        self.to_k = nn.Linear(context_channels or channels, channels, bias=False)
-        self.to_v = nn.Linear(context_channels or channels, channels, bias=False)
+        self.to_q = nn.Linear(channels, channels, bias=bias)
+        self.to_k = nn.Linear(context_channels or channels, channels, bias=bias)
+        self.to_v = nn.Linear(context_channels or channels, channels, bias=bias)
         self.to_out = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -83,13 +82,26 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """Two linear layers around a GELU: (batch, n, channels) -> the same."""
 
-    def __init__(self, channels: int, expansion: int) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.expand = nn.Linear(channels, channels * expansion)
-        self.contract = nn.Linear(channels * expansion, channels)
+        self.expand = nn.Linear(channels, 4 * channels)
+        self.contract = nn.Linear(4 * channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.contract(functional.gelu(self.expand(x)))
+
+
+class GatedFeedForward(nn.Module):
+    """GEGLU: a linear layer, gated by the GELU of another (Shazeer 2020, arXiv:2002.05202, eq. 6)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.expand = nn.Linear(channels, 8 * channels)  # value and gate, 4 times as wide each
+        self.contract = nn.Linear(4 * channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.expand(x).chunk(2, dim=-1)
+        return self.contract(value * functional.gelu(gate))
 
 
 class SpatialTransformer(nn.Module):
@@ -99,18 +111,19 @@ class SpatialTransformer(nn.Module):
     `context` is (batch, sequence, context_channels).
     """
 
-    def __init__(self, channels: int, head_channels: int, context_channels: int, expansion: int) -> None:
+    def __init__(self, channels: int, head_channels: int, context_channels: int, groups: int) -> None:
         super().__init__()
-        self.norm = normalization(channels)
+        self.norm = nn.GroupNorm(groups, channels, 1e-6)
+        self.proj_in = nn.Linear(channels, channels)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(channels) for _ in range(3))
         self.self_attention = Attention(channels, head_channels)
         self.cross_attention = Attention(channels, head_channels, context_channels)
-        self.feed_forward = FeedForward(channels, expansion)
+        self.feed_forward = GatedFeedForward(channels)
         self.proj_out = zero_initialized(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         height, width = x.shape[-2:]
-        tokens = self.norm(x).flatten(2).transpose(1, 2)
+        tokens = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))
         tokens = tokens + self.self_attention(self.norm1(tokens))
         tokens = tokens + self.cross_attention(self.norm2(tokens), context)
         tokens = tokens + self.feed_forward(self.norm3(tokens))
@@ -118,12 +131,12 @@ class SpatialTransformer(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """Self-attention over the pixels of a feature map, as in the middle of the autoencoder."""
+    """Self-attention with one head over the pixels of a feature map, as in the middle of the autoencoder."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.norm = normalization(channels)
-        self.attention = Attention(channels, channels)
+        self.norm = nn.GroupNorm(groups, channels, 1e-6)
+        self.attention = Attention(channels, channels, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
@@ -132,7 +145,7 @@ class SpatialAttention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve height and width with a strided convolution."""
+    """Halve height and width with a strided convolution, padded on all sides."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -140,6 +153,17 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x)
+
+
+class DownsampleAsymmetric(nn.Module):
+    """The same, padded at the right and at the bottom only, as the autoencoder of Rombach et al. 2022 has it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(functional.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):

@@ -16,7 +16,6 @@ from ldm_deploy.models.layers import (
     ResidualBlock,
     SpatialTransformer,
     Upsample,
-    normalization,
     timestep_embedding,
     zero_initialized,
 )
@@ -39,8 +38,9 @@ class UNet(nn.Module):
     """sample (batch, in_channels, h, w), timestep int64 (batch), encoder_hidden_states (batch, sequence,
     context_channels) -> prediction (batch, in_channels, h, w).
 
-    `channels`: one width per level. `attention_levels`: the levels with a transformer, 0 is the highest resolution.
-    h and w must be multiples of 2^(levels - 1).
+    `channels`, `num_heads`: one width and number of heads per level. `attention_levels`: the levels with a transformer,
+    0 is the highest resolution.
+    The middle always has one. h and w must be multiples of 2^(levels - 1).
     """
 
     def __init__(
@@ -49,24 +49,26 @@ class UNet(nn.Module):
         channels: Sequence[int],
         num_res_blocks: int,
         attention_levels: Sequence[int],
-        head_channels: int,
+        num_heads: Sequence[int],
+        norm_groups: int,
         context_channels: int,
-        expansion: int,
     ) -> None:
         super().__init__()
+        self.channels, self.num_heads = tuple(channels), tuple(num_heads)
+        self.num_res_blocks, self.attention_levels = num_res_blocks, tuple(attention_levels)
+        self.norm_groups, self.context_channels = norm_groups, context_channels
         embedding_channels = 4 * channels[0]
         self.timestep_channels = channels[0]
         self.time_embedding = nn.Sequential(
             nn.Linear(channels[0], embedding_channels), nn.SiLU(), nn.Linear(embedding_channels, embedding_channels)
         )
 
-        def stage(level: int, inputs: int, outputs: int) -> Stage:
-            transformer = (
-                SpatialTransformer(outputs, head_channels, context_channels, expansion)
-                if level in attention_levels
-                else None
-            )
-            return Stage(ResidualBlock(inputs, outputs, embedding_channels), transformer)
+        def stage(level: int, inputs: int, outputs: int, attention: bool) -> Stage:
+            block = ResidualBlock(inputs, outputs, norm_groups, embedding_channels)
+            if not attention:
+                return Stage(block, None)
+            heads = num_heads[level]
+            return Stage(block, SpatialTransformer(outputs, outputs // heads, context_channels, norm_groups))
 
         self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
         self.down = nn.ModuleList()
@@ -76,26 +78,22 @@ class UNet(nn.Module):
                 self.down.append(Downsample(width))
                 skips.append(width)
             for _ in range(num_res_blocks):
-                self.down.append(stage(level, width, level_channels))
+                self.down.append(stage(level, width, level_channels, level in attention_levels))
                 width = level_channels
                 skips.append(width)
 
-        self.middle = nn.ModuleList(
-            [
-                stage(len(channels) - 1, width, width),
-                Stage(ResidualBlock(width, width, embedding_channels), None),
-            ]
-        )
+        lowest = len(channels) - 1
+        self.middle = nn.ModuleList([stage(lowest, width, width, True), stage(lowest, width, width, False)])
 
         self.up = nn.ModuleList()
         for level in reversed(range(len(channels))):
             for _ in range(num_res_blocks + 1):
-                self.up.append(stage(level, width + skips.pop(), channels[level]))
+                self.up.append(stage(level, width + skips.pop(), channels[level], level in attention_levels))
                 width = channels[level]
             if level:
                 self.up.append(Upsample(width))
         self.out = nn.Sequential(
-            normalization(width), nn.SiLU(), zero_initialized(nn.Conv2d(width, in_channels, 3, padding=1))
+            nn.GroupNorm(norm_groups, width), nn.SiLU(), zero_initialized(nn.Conv2d(width, in_channels, 3, padding=1))
         )
 
     def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,7 @@ from ldm_deploy.training.losses import kl_divergence, reconstruction_loss
 
 
 def build_autoencoder(config: Config) -> Autoencoder:
-    model = config.autoencoder
-    return Autoencoder(model.channels, model.num_res_blocks, model.z_channels)
+    return Autoencoder(**asdict(config.autoencoder))
 
 
 def to_tensor(images: np.ndarray) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ def make_unet() -> UNet:
     torch.manual_seed(0)
     unet = UNet(
         in_channels=4, channels=(16, 32), num_res_blocks=1, attention_levels=(1,),
-        head_channels=16, context_channels=24, expansion=2,
+        num_heads=(1, 2), norm_groups=8, context_channels=24,
     )  # fmt: skip
     for parameter in unet.parameters():
         if not parameter.any():  # zero-initialized branches would hide what they do
@@ -39,7 +40,7 @@ def make_unet() -> UNet:
 @pytest.mark.parametrize(("batch", "height", "width"), [(1, 16, 16), (3, 8, 24), (2, 32, 4)])
 def test_autoencoder_takes_any_multiple_of_its_factor(batch, height, width):
     torch.manual_seed(0)
-    model = Autoencoder((8, 8, 16), num_res_blocks=1, z_channels=4).eval()
+    model = Autoencoder(8, (1, 1, 2), num_res_blocks=1, z_channels=4, norm_groups=4).eval()
     image = torch.rand(batch, 3, height, width) * 2 - 1
     mean, logvar = model.encode(image)
     assert mean.shape == logvar.shape == (batch, 4, height // 4, width // 4)
@@ -52,12 +53,13 @@ def test_autoencoder_takes_any_multiple_of_its_factor(batch, height, width):
 
 def test_autoencoder_reconstructs_from_the_mean_without_noise():
     torch.manual_seed(0)
-    model = Autoencoder((8, 16), num_res_blocks=1, z_channels=4).eval()
+    model = Autoencoder(8, (1, 2), num_res_blocks=1, z_channels=4, norm_groups=4).eval()
     image = torch.rand(2, 3, 16, 16) * 2 - 1
     plain, mean, logvar = model(image)
     torch.testing.assert_close(plain, model(image, torch.zeros_like(mean))[0])
     noise = torch.randn_like(mean)
-    torch.testing.assert_close(model(image, noise)[0], model.decoder(mean + (0.5 * logvar).exp() * noise))
+    latent = model.post_quant_conv(mean + (0.5 * logvar).exp() * noise)
+    torch.testing.assert_close(model(image, noise)[0], model.decoder(latent))
 
 
 @pytest.mark.parametrize(("batch", "height", "width"), [(1, 8, 8), (3, 4, 10)])
@@ -108,9 +110,7 @@ def saved(tmp_path):
     config = PRESETS["tiny"]
     torch.manual_seed(0)
     denoiser = Denoiser(config, vocab_size=300)
-    autoencoder = Autoencoder(
-        config.autoencoder.channels, config.autoencoder.num_res_blocks, config.autoencoder.z_channels
-    )
+    autoencoder = Autoencoder(**asdict(config.autoencoder))
     weights = {
         "autoencoder": autoencoder.state_dict(),
         "text_encoder": denoiser.text_encoder.state_dict(),
