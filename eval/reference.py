@@ -77,6 +77,14 @@ def reconstruct_held_out(pipeline: Pipeline, images: ImageSet) -> dict[str, Any]
     }
 
 
+def measure_reconstruction(originals: np.ndarray, rebuilt: np.ndarray) -> dict[str, float]:
+    """Figures for a training log: uint8 (n, H, W, 3) twice, peak 255, means over images."""
+    return {
+        "held_out_psnr_db": float(psnr_db_each(originals, rebuilt, peak=255).mean()),
+        "held_out_ssim": float(ssim(originals, rebuilt, peak=255).mean()),
+    }
+
+
 def psnr_db_inside(reference: np.ndarray, candidate: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """PSNR (peak 255) of each image over the pixels in `mask` (bool (n, H, W)); images without any are left out."""
     kept = mask.any(axis=(1, 2))

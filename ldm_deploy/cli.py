@@ -114,10 +114,13 @@ def train(
     threads: Threads = None, quiet: Quiet = False,
 ) -> Result:  # fmt: skip
     """Train a reference: autoencoder, then diffusion."""
-    from ldm_deploy.eval.reference import score_reference
+    from ldm_deploy.eval.reference import measure_reconstruction, score_reference
     from ldm_deploy.training.train import train as run
 
-    return run(config, data, out, resume=resume, seed=seed, threads=threads, score=score_reference), 0
+    return run(
+        config, data, out, resume=resume, seed=seed, threads=threads, score=score_reference,
+        measure=measure_reconstruction,
+    ), 0  # fmt: skip
 
 
 @command

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import itertools
+import math
 import tomllib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ldm_deploy.diffusion.objective import TIMESTEP_SAMPLINGS
 from ldm_deploy.diffusion.schedule import Schedule
 from ldm_deploy.errors import ConfigError
 
@@ -55,7 +57,9 @@ class StageConfig:
     """One training stage.
 
     Learning rate: linear warm-up, then a cosine to zero at `steps`; at each step of `restarts` the cosine has reached
-    zero and starts again at the full rate.
+    zero and starts again at the full rate. `accumulation`: parts into which a batch is cut, whose gradients are summed
+    before the step; `gradient_checkpointing`: compute activations again instead of keeping them (Chen et al. 2016,
+    arXiv:1604.06174). Both save memory, cost time and change no result.
     """
 
     steps: int
@@ -66,7 +70,19 @@ class StageConfig:
     ema_decay: float = 0.999
     clip_norm: float = 1.0
     checkpoint_every: int = 200  # steps
+    preview_every: int = 0  # steps between two sample grids with held-out figures; 0: none
     restarts: tuple[int, ...] = ()
+    accumulation: int = 1
+    gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What the denoiser is asked; what the values mean and where they are from: `ldm_deploy.diffusion.objective`."""
+
+    timestep_sampling: str = "uniform"
+    min_snr_gamma: float = 0.0  # 0: every timestep's error counts alike
+    offset_noise: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -82,6 +98,7 @@ class Config:
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
     schedule: Schedule = field(default_factory=Schedule)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     kl_weight: float = 3e-7
     photo_fraction: float = 0.25  # of an autoencoder batch: crops of the free photographs beside the given images
     caption_dropout: float = 0.1  # Ho and Salimans 2022, arXiv:2207.12598
@@ -125,13 +142,24 @@ class Config:
                 f"text_encoder.width is {self.text_encoder.width}, no multiple of head_channels "
                 f"{self.text_encoder.head_channels}; change one of them"
             )
+        if self.objective.timestep_sampling not in TIMESTEP_SAMPLINGS:
+            raise ConfigError(
+                f"objective.timestep_sampling is {self.objective.timestep_sampling!r}; "
+                f"allowed: {', '.join(TIMESTEP_SAMPLINGS)}"
+            )
+        for name in ("min_snr_gamma", "offset_noise"):
+            if not 0 <= getattr(self.objective, name) < math.inf:
+                raise ConfigError(f"objective.{name} is {getattr(self.objective, name)}; give 0 (off) or more")
         for name in ("photo_fraction", "caption_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; allowed: 0 to 1")
         for stage in ("autoencoder_training", "diffusion_training"):
-            for name in ("steps", "batch_size", "checkpoint_every"):
+            for name in ("steps", "batch_size", "checkpoint_every", "accumulation"):
                 if getattr(getattr(self, stage), name) < 1:
                     raise ConfigError(f"{stage}.{name} is {getattr(getattr(self, stage), name)}; give 1 or more")
+            batch, parts = getattr(self, stage).batch_size, getattr(self, stage).accumulation
+            if parts > batch:
+                raise ConfigError(f"{stage}.accumulation is {parts}; a batch of {batch} has no more parts than images")
             bounds = (0, *getattr(self, stage).restarts, getattr(self, stage).steps)
             if any(later <= earlier for earlier, later in itertools.pairwise(bounds)):
                 raise ConfigError(

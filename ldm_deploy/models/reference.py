@@ -126,21 +126,10 @@ def load_reference(source: str | Path) -> Reference:
     return Reference(path, model, **modules)  # type: ignore[arg-type]
 
 
-def save_reference(
-    path: Path, config: Config, scale_factor: float, vocab_size: int, weights: Mapping[str, Mapping[str, Tensor]]
-) -> None:
-    """Write model.json and the weights, rounded to fp16, into the existing directory `path`.
-
-    The rounded model, computed in fp32, is the reference. The tokenizer is written by the caller.
-    """
-    import torch
-    from safetensors.torch import save
-
+def describe(config: Config, scale_factor: float, vocab_size: int) -> dict[str, Any]:
+    """The content of model.json."""
     autoencoder, unet, text = config.autoencoder, config.unet, config.text_encoder
-    for name in WEIGHTS:
-        halves = {key: value.detach().to(torch.float16).contiguous() for key, value in weights[name].items()}
-        atomic_write_bytes(path / f"{name}.safetensors", save(halves))
-    model = {
+    return {
         "format": FORMAT,
         "kind": "latent-diffusion",
         "name": config.name,
@@ -157,4 +146,19 @@ def save_reference(
         "schedule": config.schedule.to_dict(),
         "sampling": {"sampler": "ddim", "steps": 50, "guidance_scale": 5.0},
     }
-    atomic_write_json(path / "model.json", model)
+
+
+def save_reference(
+    path: Path, config: Config, scale_factor: float, vocab_size: int, weights: Mapping[str, Mapping[str, Tensor]]
+) -> None:
+    """Write model.json and the weights, rounded to fp16, into the existing directory `path`.
+
+    The rounded model, computed in fp32, is the reference. The tokenizer is written by the caller.
+    """
+    import torch
+    from safetensors.torch import save
+
+    for name in WEIGHTS:
+        halves = {key: value.detach().to(torch.float16).contiguous() for key, value in weights[name].items()}
+        atomic_write_bytes(path / f"{name}.safetensors", save(halves))
+    atomic_write_json(path / "model.json", describe(config, scale_factor, vocab_size))

@@ -13,7 +13,7 @@ from torch import Tensor
 from ldm_deploy.config import Config
 from ldm_deploy.models.autoencoder import Autoencoder
 from ldm_deploy.training.data import ImageSet, photographs, random_crop
-from ldm_deploy.training.loop import rng, run_stage
+from ldm_deploy.training.loop import Preview, rng, run_stage
 from ldm_deploy.training.losses import kl_divergence, reconstruction_loss
 
 
@@ -27,8 +27,14 @@ def to_tensor(images: np.ndarray) -> Tensor:
     return scaled.contiguous(memory_format=torch.channels_last)
 
 
+def to_images(tensor: Tensor) -> np.ndarray:
+    """float (batch, 3, H, W) in [-1, 1] -> uint8 (batch, H, W, 3), halves rounded up as in the pipeline."""
+    pixels = ((tensor.float() + 1) * 127.5).clamp(0, 255).add(0.5).floor().to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).contiguous().numpy()
+
+
 def train_autoencoder(
-    config: Config, data: ImageSet, directory: Path, fingerprint: str, *, resume: bool
+    config: Config, data: ImageSet, directory: Path, fingerprint: str, *, resume: bool, preview: Preview | None = None
 ) -> Autoencoder:
     """Train on `data` (no held-out image among it) and crops of the free photographs; returns the averaged model."""
     torch.manual_seed(config.seed)
@@ -45,17 +51,17 @@ def train_autoencoder(
         flipped = draw.random(len(images)) < 0.5
         return np.where(flipped[:, None, None, None], images[:, :, ::-1], images)
 
-    def loss(step: int) -> tuple[Tensor, Mapping[str, float]]:
-        image = to_tensor(batch(step))
+    def loss(step: int, rows: slice) -> tuple[Tensor, Mapping[str, float]]:
+        image = to_tensor(batch(step)[rows])
         sides = (side // config.autoencoder.downsampling for side in image.shape[-2:])
-        shape = (len(image), config.autoencoder.z_channels, *sides)
-        noise = torch.from_numpy(rng(config.seed, "posterior", step).standard_normal(shape, dtype=np.float32))
+        shape = (stage.batch_size, config.autoencoder.z_channels, *sides)
+        noise = torch.from_numpy(rng(config.seed, "posterior", step).standard_normal(shape, dtype=np.float32)[rows])
         with torch.autocast("cpu", torch.bfloat16, enabled=config.autocast_bf16):
             reconstruction, mean, logvar = model(image, noise)
         rebuilt = reconstruction_loss(image, reconstruction.float())
         kl = kl_divergence(mean.float(), logvar.float()).mean()
         return rebuilt + config.kl_weight * kl, {"reconstruction": rebuilt.item(), "kl_nats": kl.item()}
 
-    averages = run_stage("autoencoder", model, loss, stage, directory, fingerprint, resume=resume)
+    averages = run_stage("autoencoder", model, loss, stage, directory, fingerprint, resume=resume, preview=preview)
     model.load_state_dict(averages)
     return model.eval()

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ldm_deploy.config import Config
+from ldm_deploy.diffusion.objective import min_snr_weights, offset_noise, sample_timesteps
 from ldm_deploy.models.autoencoder import Autoencoder
 from ldm_deploy.models.text_encoder import TextEncoder
 from ldm_deploy.models.unet import UNet
 from ldm_deploy.training.autoencoder import to_tensor
-from ldm_deploy.training.loop import rng, run_stage
+from ldm_deploy.training.loop import Preview, rng, run_stage
 
 
 class Denoiser(nn.Module):
@@ -50,8 +50,8 @@ def latent_scale(mean: Tensor, std: Tensor) -> float:
 
 def train_denoiser(
     config: Config,
-    autoencoder: Autoencoder,
-    images: np.ndarray,
+    latents: tuple[Tensor, Tensor],
+    scale: float,
     input_ids: np.ndarray,
     empty_ids: Sequence[int],
     vocab_size: int,
@@ -59,40 +59,51 @@ def train_denoiser(
     fingerprint: str,
     *,
     resume: bool,
-) -> tuple[Denoiser, float]:
-    """Train on `images` uint8 (n, H, W, 3) with captions `input_ids` int64 (n, sequence).
+    preview: Preview | None = None,
+) -> Denoiser:
+    """Train on `latents`, posterior means and standard deviations (n, z, h, w), and captions int64 (n, sequence).
 
-    v-prediction (Salimans and Ho 2022, arXiv:2202.00512, appendix D), uniform timesteps, mean squared error.
-    Returns the averaged model and the latents' scale factor.
+    Mean squared error of the schedule's kind of prediction: noise (Ho et al. 2020, arXiv:2006.11239, eq. 14), image, or
+    v (Salimans and Ho 2022, arXiv:2202.00512, appendix D), at timesteps and with weights as `config.objective` says.
+    `scale`: the latents' scale factor. Returns the averaged model.
     """
     stage = config.diffusion_training
-    mean, std = encode_images(autoencoder, images)
-    scale = latent_scale(mean, std)
+    mean, std = latents
     ids, empty = torch.from_numpy(input_ids), torch.tensor(list(empty_ids))
     alphas_cumprod = torch.from_numpy(config.schedule.alphas_cumprod).float()
+    kind = config.schedule.prediction_type
     torch.manual_seed(config.seed + 1)
     model = Denoiser(config, vocab_size).to(memory_format=torch.channels_last)
 
-    def loss(step: int) -> tuple[Tensor, Mapping[str, float]]:
+    total = config.schedule.num_train_timesteps
+    weights = torch.ones(total)
+    if config.objective.min_snr_gamma:
+        weights = torch.from_numpy(
+            min_snr_weights(config.schedule.alphas_cumprod, config.objective.min_snr_gamma, kind)
+        ).float()
+
+    def loss(step: int, part: slice) -> tuple[Tensor, Mapping[str, float]]:
         draw = rng(config.seed, "diffusion", step)
-        rows = torch.from_numpy(draw.integers(len(images), size=stage.batch_size))
-        timestep = torch.from_numpy(draw.integers(config.schedule.num_train_timesteps, size=stage.batch_size))
-        dropped = torch.from_numpy(draw.random(stage.batch_size) < config.caption_dropout)
-        posterior, noise = (
-            torch.from_numpy(draw.standard_normal((stage.batch_size, *mean.shape[1:]), dtype=np.float32))
-            for _ in range(2)
-        )
+        rows = torch.from_numpy(draw.integers(len(mean), size=stage.batch_size))[part]
+        timestep = torch.from_numpy(
+            sample_timesteps(draw, stage.batch_size, total, config.objective.timestep_sampling)
+        )[part]
+        dropped = torch.from_numpy(draw.random(stage.batch_size) < config.caption_dropout)[part]
+        shape = (stage.batch_size, *mean.shape[1:])
+        posterior = torch.from_numpy(draw.standard_normal(shape, dtype=np.float32))[part]
+        noise = torch.from_numpy(offset_noise(draw, shape, config.objective.offset_noise))[part]
         latent = scale * (mean[rows] + std[rows] * posterior)
         signal, spread = (
             value.sqrt()[:, None, None, None] for value in (alphas_cumprod[timestep], 1 - alphas_cumprod[timestep])
         )
         noisy = signal * latent + spread * noise
-        target = signal * noise - spread * latent if config.schedule.prediction_type == "v_prediction" else noise
+        target = {"epsilon": noise, "sample": latent, "v_prediction": signal * noise - spread * latent}[kind]
         captions = torch.where(dropped[:, None], empty[None], ids[rows])
         with torch.autocast("cpu", torch.bfloat16, enabled=config.autocast_bf16):
             prediction = model(noisy.contiguous(memory_format=torch.channels_last), timestep, captions)
-        return functional.mse_loss(prediction.float(), target), {}
+        error = (prediction.float() - target).square().mean(dim=(1, 2, 3))
+        return (weights[timestep] * error).mean(), {}
 
-    averages = run_stage("diffusion", model, loss, stage, directory, fingerprint, resume=resume)
+    averages = run_stage("diffusion", model, loss, stage, directory, fingerprint, resume=resume, preview=preview)
     model.load_state_dict(averages)
-    return model.eval(), scale
+    return model.eval()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +26,22 @@ class Ema:
         names = list(self.averages)
         parameters = dict(module.named_parameters())
         torch._foreach_lerp_([self.averages[n] for n in names], [parameters[n].detach() for n in names], weight)
+
+    @contextlib.contextmanager
+    def applied(self, module: nn.Module) -> Iterator[None]:
+        """Inside, the module has the averages as its parameters, and is in evaluation mode without gradients."""
+        own = {name: value.detach().clone() for name, value in module.named_parameters()}
+        training = module.training
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                parameter.copy_(self.averages[name])
+            module.eval()
+            try:
+                yield
+            finally:
+                for name, parameter in module.named_parameters():
+                    parameter.copy_(own[name])
+                module.train(training)
 
     def state(self) -> dict[str, Tensor]:
         return self.averages

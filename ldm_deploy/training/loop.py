@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -23,10 +22,17 @@ from ldm_deploy.artifact import atomic_write_bytes
 from ldm_deploy.config import StageConfig
 from ldm_deploy.errors import TrainingError
 from ldm_deploy.progress import task
+from ldm_deploy.training.checkpointing import checkpoint_blocks
 from ldm_deploy.training.ema import Ema
+from ldm_deploy.training.log import TrainingLog
+from ldm_deploy.training.processes import Processes, processes
 
-# step -> scalar loss and numbers to log
-LossFunction = Callable[[int], tuple[Tensor, Mapping[str, float]]]
+# (step, rows of the batch) -> scalar mean loss over these rows, and numbers to log
+LossFunction = Callable[[int, slice], tuple[Tensor, Mapping[str, float]]]
+# (originals, reconstructions), both uint8 (n, H, W, 3) -> figures by name
+Measure = Callable[[np.ndarray, np.ndarray], Mapping[str, float]]
+# (module with averaged parameters, step) -> numbers to log; may write files
+Preview = Callable[[nn.Module, int], Mapping[str, float]]
 
 
 def rng(seed: int, purpose: str, step: int) -> np.random.Generator:
@@ -54,13 +60,15 @@ def run_stage(
     fingerprint: str,
     *,
     resume: bool,
+    preview: Preview | None = None,
 ) -> dict[str, Tensor]:
     """Train `module` for `config.steps` steps and return its averaged parameters.
 
     Writes `directory/<name>.safetensors` every `checkpoint_every` steps (atomically: a killed run keeps the last one)
-    and one line per 20 steps to `directory/<name>.jsonl`. `fingerprint` identifies configuration and data: a
-    checkpoint of another one is refused. Raises `TrainingError` on a checkpoint that must not be overwritten and on a
-    loss that is not finite (the last checkpoint is kept and named).
+    and one line per 20 steps to `directory/<name>.jsonl`, and to TensorBoard files where that package is installed.
+    `fingerprint` identifies configuration and data: a checkpoint of another one is refused. Of several processes each
+    computes its rows of the batch, and the first one writes. Raises `TrainingError` on a checkpoint that must not be
+    overwritten and on a loss that is not finite (the last checkpoint is kept and named).
     """
     directory.mkdir(parents=True, exist_ok=True)
     checkpoint = directory / f"{name}.safetensors"
@@ -68,6 +76,8 @@ def run_stage(
         module.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.99), fused=True
     )
     ema = Ema(module, config.ema_decay)
+    if config.gradient_checkpointing:
+        checkpoint_blocks(module)
     start = 0
     if checkpoint.exists():
         if not resume:
@@ -75,8 +85,9 @@ def run_stage(
                 f"{checkpoint} holds an earlier run of this stage; add --resume to continue it, or remove {directory}"
             )
         start = _restore(checkpoint, fingerprint, module, optimizer, ema)
-    log = directory / f"{name}.jsonl"
-    _forget_after(log, start)
+    team = processes()
+    team.wait()  # all have read the checkpoint before the first one writes the next
+    log = TrainingLog(directory, name, start) if team.first else None
     began = time.monotonic()
     # torch's fused attention has a slow bf16 backward on a CPU: the plain one makes a U-Net step 1.3 times faster.
     with sdpa_kernel(SDPBackend.MATH), task(f"training {name}", config.steps, start) as advance:
@@ -84,35 +95,56 @@ def run_stage(
             rate = learning_rate(config, step)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            loss, numbers = loss_function(step)
-            if not torch.isfinite(loss):
+            optimizer.zero_grad(set_to_none=True)
+            numbers = _gradients(module, loss_function, step, config, team)
+            if not math.isfinite(numbers["loss"]):
                 kept = f"the last good state is {checkpoint}" if checkpoint.exists() else "there is no checkpoint yet"
                 raise TrainingError(
-                    f"{name}: the loss is {loss.item()} at step {step}; {kept}. "
+                    f"{name}: the loss is {numbers['loss']} at step {step}; {kept}. "
                     "Lower learning_rate or set autocast_bf16 = false, then resume"
                 )
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
             norm = nn.utils.clip_grad_norm_(module.parameters(), config.clip_norm)
             optimizer.step()
             ema.update(module, step)
-            if step % 20 == 0 or step + 1 == config.steps:
-                line = {"step": step, "loss": loss.item(), **numbers, "gradient_norm": norm.item(),
-                        "learning_rate": rate, "seconds": round(time.monotonic() - began, 1)}  # fmt: skip
-                with log.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
-            if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
-                _save(checkpoint, fingerprint, step + 1, module, optimizer, ema)
+            done = step + 1
+            if log is not None:
+                figures: Mapping[str, float] = {}
+                if preview is not None and config.preview_every and done % config.preview_every == 0:
+                    with ema.applied(module):
+                        figures = preview(module, done)
+                if step % 20 == 0 or done == config.steps or figures:
+                    log.write({"step": step, **numbers, **figures, "gradient_norm": norm.item(),
+                               "learning_rate": rate, "seconds": round(time.monotonic() - began, 1)})  # fmt: skip
+                if done % config.checkpoint_every == 0 or done == config.steps:
+                    _save(checkpoint, fingerprint, done, module, optimizer, ema)
             advance(1)
+    if log is not None:
+        log.close()
+    team.wait()
     return ema.state()
 
 
-def _forget_after(log: Path, steps_done: int) -> None:
-    """Drop what was logged after the checkpoint, and a line cut off: those steps are about to be done again."""
-    lines = log.read_text("utf-8").splitlines(keepends=True) if log.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < steps_done]
-    if kept != lines:
-        atomic_write_bytes(log, "".join(kept).encode())
+def _gradients(
+    module: nn.Module, loss_function: LossFunction, step: int, config: StageConfig, team: Processes
+) -> dict[str, float]:
+    """Leave the gradient of the whole batch's mean loss in the parameters; returns loss and other means."""
+    totals: dict[str, float] = {}
+    for rows in team.parts(config.batch_size, config.accumulation):
+        share = (rows.stop - rows.start) / config.batch_size
+        loss, numbers = loss_function(step, rows)
+        (loss * share).backward()
+        for key, value in {"loss": loss.item(), **numbers}.items():
+            totals[key] = totals.get(key, 0.0) + share * value
+    if team.count > 1:
+        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        means = torch.tensor(list(totals.values()), dtype=torch.float64)
+        team.sum_([parameter.grad for parameter in parameters if parameter.grad is not None])
+        team.sum_([means])
+        totals = dict(zip(totals, means.tolist(), strict=True))
+    return totals
 
 
 def _save(

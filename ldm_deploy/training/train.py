@@ -7,16 +7,21 @@ import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ldm_deploy.artifact import content_key, staged_directory, write_manifest
-from ldm_deploy.config import Config, load_config
+from ldm_deploy.artifact import atomic_write_bytes, content_key, staged_directory, write_manifest
+from ldm_deploy.config import Config, StageConfig, load_config
 from ldm_deploy.errors import DataError, TrainingError
 from ldm_deploy.training.data import ImageSet, load_images
 from ldm_deploy.training.model_card import model_card
 
+if TYPE_CHECKING:
+    from ldm_deploy.training.loop import Measure
+
+HELD_OUT_SHOWN = 32  # held-out images that a preview measures
+PROMPTS_SHOWN = 16
 # reference directory, data source -> figures for the model card
 Score = Callable[[Path, str | Path], Mapping[str, Any]]
 
@@ -30,16 +35,21 @@ def train(
     threads: int | None = None,
     seed: int | None = None,
     score: Score | None = None,
+    measure: Measure | None = None,
 ) -> dict[str, Any]:
-    """Train a reference and write it to `out`; checkpoints and logs lie beside it in `<out>.training/`.
+    """Train a reference and write it to `out`; checkpoints, logs and previews lie beside it in `<out>.training/`.
 
-    Skin-tone variants and held-out images are not trained on. Raises `TrainingError` if `out` exists.
+    Skin-tone variants and held-out images are not trained on. `measure` gives the figures of held-out images in
+    previews, `score` those of the model card. Of several processes the first one writes. Raises `TrainingError` if
+    `out` exists.
     """
     import torch
 
-    from ldm_deploy.models.reference import save_reference
+    from ldm_deploy.models.reference import describe, save_reference
     from ldm_deploy.training.autoencoder import train_autoencoder
-    from ldm_deploy.training.diffusion import train_denoiser
+    from ldm_deploy.training.diffusion import encode_images, latent_scale, train_denoiser
+    from ldm_deploy.training.preview import reconstructions, samples
+    from ldm_deploy.training.processes import processes
     from ldm_deploy.training.tokenizer import train_tokenizer
 
     resolved = config if isinstance(config, Config) else load_config(config)
@@ -58,7 +68,12 @@ def train(
             "add images or lower batch_size"
         )
     directory = out.with_name(out.name + ".training")
-    autoencoder = train_autoencoder(resolved, chosen, directory, _autoencoder_key(resolved, chosen), resume=resume)
+    previews = directory / "previews"
+    held_out = images.images[images.held_out & ~images.skin_tone][:HELD_OUT_SHOWN]
+    autoencoder = train_autoencoder(
+        resolved, chosen, directory, _autoencoder_key(resolved, chosen), resume=resume,
+        preview=reconstructions(held_out, previews, measure) if len(held_out) else None,
+    )  # fmt: skip
     # Stage two sees the autoencoder that ships: rounded to fp16.
     for parameter in autoencoder.parameters():
         parameter.data = parameter.data.half().float()
@@ -67,11 +82,20 @@ def train(
     tokenizer = train_tokenizer(chosen.texts, resolved.text_encoder.vocab_size, length)
     tokenizer.enable_truncation(length)
     input_ids = np.array([encoding.ids for encoding in tokenizer.encode_batch(chosen.texts)], dtype=np.int64)
-    denoiser, scale_factor = train_denoiser(
-        resolved, autoencoder, chosen.images, input_ids, tokenizer.encode("").ids, tokenizer.get_vocab_size(),
-        directory, content_key({"config": resolved.to_dict(), "data": images.digest}), resume=resume,
-    )  # fmt: skip
     tokenizer.no_truncation()
+    latents = encode_images(autoencoder, chosen.images)
+    scale_factor = latent_scale(*latents)
+    team = processes()
+    if team.first:
+        atomic_write_bytes(directory / "tokenizer.json", tokenizer.to_str().encode())
+    denoiser = train_denoiser(
+        resolved, latents, scale_factor, input_ids, tokenizer.encode("").ids, tokenizer.get_vocab_size(),
+        directory, _diffusion_key(resolved, images), resume=resume,
+        preview=samples(
+            describe(resolved, scale_factor, tokenizer.get_vocab_size()), autoencoder, directory / "tokenizer.json",
+            chosen.texts[:: max(1, len(chosen.texts) // PROMPTS_SHOWN)][:PROMPTS_SHOWN], previews,
+        ),
+    )  # fmt: skip
 
     weights = {
         "autoencoder": autoencoder.state_dict(),
@@ -90,6 +114,9 @@ def train(
         "stages": {stage: _summary(directory / f"{stage}.jsonl") for stage in ("autoencoder", "diffusion")},
         "config": resolved.to_dict(),
     }
+    if not team.first:
+        team.wait()
+        return record
     with staged_directory(out) as staging:
         save_reference(staging, resolved, scale_factor, tokenizer.get_vocab_size(), weights)
         tokenizer.save(str(staging / "tokenizer.json"))
@@ -98,6 +125,7 @@ def train(
         (staging / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         (staging / "README.md").write_text(model_card(record), encoding="utf-8")
         write_manifest(staging, "reference", content_key(record), {"data": images.digest})
+    team.wait()
     return record
 
 
@@ -107,10 +135,22 @@ def _autoencoder_key(config: Config, data: ImageSet) -> str:
         {
             "data": data.digest,
             "model": asdict(config.autoencoder),
-            "training": asdict(config.autoencoder_training),
+            "training": _what_matters(config.autoencoder_training),
             **{name: getattr(config, name) for name in names},
         }
     )
+
+
+def _diffusion_key(config: Config, data: ImageSet) -> str:
+    stages = ("autoencoder_training", "diffusion_training")
+    matters = {name: _what_matters(getattr(config, name)) for name in stages}
+    return content_key({"data": data.digest, "config": {**config.to_dict(), **matters}})
+
+
+def _what_matters(stage: StageConfig) -> dict[str, Any]:
+    """A stage without what may change between two sittings, as it does not change the result."""
+    free = ("checkpoint_every", "preview_every", "gradient_checkpointing")
+    return {name: value for name, value in asdict(stage).items() if name not in free}
 
 
 def _command(config: str | Path | Config, data: str | Path, out: Path) -> str:

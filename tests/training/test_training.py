@@ -90,7 +90,7 @@ def quadratic(directory, *, resume=False, stop_at=None, poison_at=None, fingerpr
     module = nn.Linear(3, 1)
     config = StageConfig(steps=10, batch_size=1, learning_rate=0.1, warmup_steps=1, checkpoint_every=3)
 
-    def loss(step):
+    def loss(step, rows):
         if step == stop_at:
             raise KeyboardInterrupt
         noise = torch.from_numpy(np.random.default_rng(step).standard_normal((8, 3), dtype=np.float32))
