@@ -15,6 +15,8 @@ from ldm_deploy.diffusion.objective import TIMESTEP_SAMPLINGS
 from ldm_deploy.diffusion.schedule import Schedule
 from ldm_deploy.errors import ConfigError
 
+LAYOUTS = ("compact", "sd1")  # see ldm_deploy.models.layers
+
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
@@ -22,7 +24,8 @@ class AutoencoderConfig:
     ch_mult: tuple[int, ...] = (1, 2, 4, 8)
     num_res_blocks: int = 2
     z_channels: int = 4
-    norm_groups: int = 32
+    norm_groups: int = 32  # 0: 16 channels per group
+    layout: str = "sd1"
 
     @property
     def channels(self) -> tuple[int, ...]:
@@ -45,11 +48,12 @@ class TextEncoderConfig:
 
 @dataclass(frozen=True)
 class UNetConfig:
-    channels: tuple[int, ...] = (64, 80, 112)
+    channels: tuple[int, ...] = (64, 96, 128)
     num_res_blocks: int = 1
     attention_levels: tuple[int, ...] = (1, 2)
-    num_heads: tuple[int, ...] = (4, 5, 7)
-    norm_groups: int = 16
+    num_heads: tuple[int, ...] = (2, 3, 4)
+    norm_groups: int = 0
+    layout: str = "compact"
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ class Config:
     diffusion_training: StageConfig
     resolution: int = 64
     seed: int = 0
-    autoencoder: AutoencoderConfig = field(default_factory=lambda: AutoencoderConfig(32, (1, 2, 3), 1, 6, 8))
+    autoencoder: AutoencoderConfig = field(default_factory=lambda: AutoencoderConfig(32, (1, 2, 3), 1, 4, 0, "compact"))
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
     schedule: Schedule = field(default_factory=Schedule)
@@ -114,10 +118,12 @@ class Config:
             widths = list(model.channels)
             if not widths or min(widths) < 1:
                 raise ConfigError(f"{section}: the levels have {widths} channels; give 1 or more, for each level")
-            if model.norm_groups < 1 or any(width % model.norm_groups for width in widths):
+            if model.layout not in LAYOUTS:
+                raise ConfigError(f"{section}.layout is {model.layout!r}; allowed: {', '.join(LAYOUTS)}")
+            if model.norm_groups < 0 or any(width % (model.norm_groups or 1) for width in widths):
                 raise ConfigError(
                     f"{section}: the levels have {widths} channels, and norm_groups is {model.norm_groups}; "
-                    "each width must be a multiple of it"
+                    "each width must be a multiple of it (0: 16 channels per group)"
                 )
         if self.resolution % self.size_multiple or self.resolution < self.size_multiple:
             raise ConfigError(
@@ -172,11 +178,11 @@ class Config:
 
 # name       (autoencoder: steps, batch, rate)   (diffusion: steps, batch, rate)   changed models
 PRESETS: dict[str, Config] = {
-    "reference": Config("reference", StageConfig(6400, 16, 2.0e-3), StageConfig(20000, 32, 1.0e-3)),
+    "reference": Config("reference", StageConfig(3200, 16, 2.0e-3), StageConfig(16000, 32, 1.0e-3, restarts=(9000,))),
     "quick":     Config("quick",     StageConfig( 450, 16, 2.0e-3), StageConfig( 500, 16, 1.0e-3)),
     "tiny":      Config("tiny",      StageConfig(   4,  2, 1.0e-3), StageConfig(   4,  2, 1.0e-3), resolution=32,
-                        autoencoder=AutoencoderConfig(8, (1, 1, 2), 1, 4, 4),
-                        unet=UNetConfig((16, 32), num_heads=(1, 2), attention_levels=(1,), norm_groups=8),
+                        autoencoder=AutoencoderConfig(8, (1, 1, 2), 1, 4, 0, "compact"),
+                        unet=UNetConfig((16, 32), num_heads=(1, 2), attention_levels=(1,)),
                         text_encoder=TextEncoderConfig(512, 16, 32, 1, 16)),
 }  # fmt: skip
 

@@ -98,13 +98,12 @@ def test_python_blocks_run(root: Path, tmp_path: Path, monkeypatch: pytest.Monke
 
     write_tiny_bundle(tmp_path / "build" / "reference")
     monkeypatch.chdir(tmp_path)
-    found = list(blocks((root / "README.md").read_text("utf-8"), "python"))
-    assert found
-    for body in found:
-        names: dict[str, Any] = {}
+    names: dict[str, Any] = {}
+    for body in blocks((root / "README.md").read_text("utf-8"), "python"):
         exec(body, names)
-        images = names["images"]
-        assert (images.dtype, images.shape) == (np.uint8, (2, 32, 32, 3))
+    images = names["images"]
+    assert (images.dtype, images.shape) == (np.uint8, (2, 32, 32, 3))
+    assert names["config"]["scaling_factor"] == 0.18215
 
 
 def test_toml_blocks_load(root: Path, tmp_path: Path) -> None:

@@ -10,20 +10,27 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ldm_deploy.models.layers import DownsampleAsymmetric, ResidualBlock, SpatialAttention, Upsample
+from ldm_deploy.models.layers import (
+    Downsample,
+    DownsampleAsymmetric,
+    ResidualBlock,
+    SpatialAttention,
+    Upsample,
+    normalization,
+)
 
 LOGVAR_RANGE = (-30.0, 20.0)
-EPS = 1e-6  # of every normalisation
+EPS = {"compact": 1e-5, "sd1": 1e-6}  # of every normalisation, by layout
 
 
 class Middle(nn.Sequential):
     """Residual block, self-attention, residual block at the lowest resolution."""
 
-    def __init__(self, channels: int, groups: int) -> None:
+    def __init__(self, channels: int, groups: int, layout: str) -> None:
         super().__init__(
-            ResidualBlock(channels, channels, groups, eps=EPS),
-            SpatialAttention(channels, groups),
-            ResidualBlock(channels, channels, groups, eps=EPS),
+            ResidualBlock(channels, channels, groups, eps=EPS[layout]),
+            SpatialAttention(channels, groups, layout),
+            ResidualBlock(channels, channels, groups, eps=EPS[layout]),
         )
 
 
@@ -33,17 +40,17 @@ class Encoder(nn.Module):
     `widths`: channels per level, from the image's resolution down.
     """
 
-    def __init__(self, widths: Sequence[int], num_res_blocks: int, outputs: int, groups: int) -> None:
+    def __init__(self, widths: Sequence[int], num_res_blocks: int, outputs: int, groups: int, layout: str) -> None:
         super().__init__()
         width = widths[0]
         layers: list[nn.Module] = [nn.Conv2d(3, width, 3, padding=1)]
         for level, level_width in enumerate(widths):
             if level:
-                layers.append(DownsampleAsymmetric(width))
+                layers.append(Downsample(width) if layout == "compact" else DownsampleAsymmetric(width))
             for _ in range(num_res_blocks):
-                layers.append(ResidualBlock(width, level_width, groups, eps=EPS))
+                layers.append(ResidualBlock(width, level_width, groups, eps=EPS[layout]))
                 width = level_width
-        layers += [Middle(width, groups), nn.GroupNorm(groups, width, EPS), nn.SiLU()]
+        layers += [Middle(width, groups, layout), normalization(width, groups, EPS[layout]), nn.SiLU()]
         self.layers = nn.Sequential(*layers, nn.Conv2d(width, outputs, 3, padding=1))
 
     def forward(self, image: Tensor) -> Tensor:
@@ -56,17 +63,17 @@ class Decoder(nn.Module):
     One residual block more per level than the encoder, as in Rombach et al.'s released code.
     """
 
-    def __init__(self, widths: Sequence[int], num_res_blocks: int, z_channels: int, groups: int) -> None:
+    def __init__(self, widths: Sequence[int], num_res_blocks: int, z_channels: int, groups: int, layout: str) -> None:
         super().__init__()
         width = widths[-1]
-        layers: list[nn.Module] = [nn.Conv2d(z_channels, width, 3, padding=1), Middle(width, groups)]
+        layers: list[nn.Module] = [nn.Conv2d(z_channels, width, 3, padding=1), Middle(width, groups, layout)]
         for level, level_width in enumerate(reversed(widths)):
             if level:
                 layers.append(Upsample(width))
             for _ in range(num_res_blocks + 1):
-                layers.append(ResidualBlock(width, level_width, groups, eps=EPS))
+                layers.append(ResidualBlock(width, level_width, groups, eps=EPS[layout]))
                 width = level_width
-        layers += [nn.GroupNorm(groups, width, EPS), nn.SiLU()]
+        layers += [normalization(width, groups, EPS[layout]), nn.SiLU()]
         self.layers = nn.Sequential(*layers, nn.Conv2d(width, 3, 3, padding=1))
 
     def forward(self, latent: Tensor) -> Tensor:
@@ -80,16 +87,18 @@ class Autoencoder(nn.Module):
     Heights and widths must be multiples of f; any batch, height and width will do otherwise.
     """
 
-    def __init__(self, ch: int, ch_mult: Sequence[int], num_res_blocks: int, z_channels: int, norm_groups: int) -> None:
+    def __init__(
+        self, ch: int, ch_mult: Sequence[int], num_res_blocks: int, z_channels: int, norm_groups: int, layout: str
+    ) -> None:
         super().__init__()
         widths = tuple(ch * factor for factor in ch_mult)
-        self.widths, self.num_res_blocks, self.z_channels, self.norm_groups = (
-            widths, num_res_blocks, z_channels, norm_groups
-        )  # fmt: skip
-        self.encoder = Encoder(widths, num_res_blocks, 2 * z_channels, norm_groups)
-        self.quant_conv = nn.Conv2d(2 * z_channels, 2 * z_channels, 1)
-        self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 1)
-        self.decoder = Decoder(widths, num_res_blocks, z_channels, norm_groups)
+        self.widths, self.num_res_blocks, self.z_channels = widths, num_res_blocks, z_channels
+        self.norm_groups, self.layout = norm_groups, layout
+        self.encoder = Encoder(widths, num_res_blocks, 2 * z_channels, norm_groups, layout)
+        compact = layout == "compact"
+        self.quant_conv = nn.Identity() if compact else nn.Conv2d(2 * z_channels, 2 * z_channels, 1)
+        self.post_quant_conv = nn.Identity() if compact else nn.Conv2d(z_channels, z_channels, 1)
+        self.decoder = Decoder(widths, num_res_blocks, z_channels, norm_groups, layout)
 
     def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """image (batch, 3, H, W) in [-1, 1] -> posterior mean and log-variance, each (batch, z, H/f, W/f), unscaled."""

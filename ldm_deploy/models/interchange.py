@@ -62,13 +62,18 @@ def load_autoencoder(directory: Path) -> tuple[Autoencoder, dict[str, Any]]:
         num_res_blocks=config["layers_per_block"],
         z_channels=config["latent_channels"],
         norm_groups=config["norm_num_groups"],
+        layout="sd1",
     )
     _load_weights(module, directory, dict(_autoencoder_names(module)))
     return module, config
 
 
 def save_autoencoder(module: Autoencoder, directory: Path, scale_factor: float, sample_size: int) -> None:
-    """Write an AutoencoderKL directory that diffusers loads. `sample_size`: pixels, recorded only."""
+    """Write an AutoencoderKL directory that diffusers loads. `sample_size`: pixels, recorded only.
+
+    Raises `ArtifactError` for a network that is not of layout "sd1".
+    """
+    _check_layout(module, directory)
     widths, groups = module.widths, module.norm_groups
     config = {
         "_class_name": "AutoencoderKL",
@@ -113,6 +118,7 @@ def load_unet(directory: Path) -> tuple[UNet, dict[str, Any]]:
         attention_levels=levels,
         num_heads=heads,
         norm_groups=config["norm_num_groups"],
+        layout="sd1",
         context_channels=config["cross_attention_dim"],
     )
     _load_weights(module, directory, dict(_unet_names(module)))
@@ -120,7 +126,11 @@ def load_unet(directory: Path) -> tuple[UNet, dict[str, Any]]:
 
 
 def save_unet(module: UNet, directory: Path, sample_size: int) -> None:
-    """Write a UNet2DConditionModel directory that diffusers loads. `sample_size`: of latents, recorded only."""
+    """Write a UNet2DConditionModel directory that diffusers loads. `sample_size`: of latents, recorded only.
+
+    Raises `ArtifactError` for a network that is not of layout "sd1".
+    """
+    _check_layout(module, directory)
     levels = range(len(module.channels))
     config = {
         "_class_name": "UNet2DConditionModel",
@@ -220,6 +230,14 @@ def _attention_names(ours: str, theirs: str) -> Names:
     for name in ("to_q", "to_k", "to_v"):
         yield f"{ours}.{name}", f"{theirs}.{name}"
     yield f"{ours}.to_out", f"{theirs}.to_out.0"
+
+
+def _check_layout(module: Any, directory: Path) -> None:
+    if module.layout != "sd1" or module.norm_groups == 0:
+        raise ArtifactError(
+            f"{directory}: a network of layout {module.layout!r} with norm_groups {module.norm_groups} has no place in "
+            "diffusers; train one with layout = 'sd1' and a norm_groups that is not 0"
+        )
 
 
 def _read_config(directory: Path, kind: str, fixed: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""Building blocks shared by the autoencoder and the U-Net, in the layout of Stable Diffusion 1.x.
+"""Building blocks shared by the autoencoder and the U-Net.
 
-Tensors are float (batch, channels, height, width) unless said otherwise. `groups` is the number of groups of every
-GroupNorm (Wu and He 2018, arXiv:1803.08494); `channels` must be a multiple of it.
+Tensors are float (batch, channels, height, width) unless said otherwise. A network has one of two layouts:
+"sd1" is that of Stable Diffusion 1.x, so that its weights can be exchanged with diffusers; "compact" does without what
+a small network does not miss: gates in the feed-forward layers, biases of queries, keys and values, 1x1 projections.
 """
 
 from __future__ import annotations
@@ -14,6 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 LayerT = TypeVar("LayerT", bound=nn.Module)
+
+
+def normalization(channels: int, groups: int, eps: float = 1e-5) -> nn.GroupNorm:
+    """GroupNorm (Wu and He 2018, arXiv:1803.08494). `groups` 0: 16 channels each, or 8, 4, 2 or 1."""
+    if groups == 0:
+        groups = channels // next(size for size in (16, 8, 4, 2, 1) if channels % size == 0)
+    return nn.GroupNorm(groups, channels, eps)
 
 
 def zero_initialized(layer: LayerT) -> LayerT:
@@ -34,10 +42,10 @@ class ResidualBlock(nn.Module):
         self, in_channels: int, out_channels: int, groups: int, embedding_channels: int = 0, eps: float = 1e-5
     ) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps)
+        self.norm1 = normalization(in_channels, groups, eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.embedding = nn.Linear(embedding_channels, out_channels) if embedding_channels else None
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps)
+        self.norm2 = normalization(out_channels, groups, eps)
         self.conv2 = zero_initialized(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
@@ -82,10 +90,10 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """Two linear layers around a GELU: (batch, n, channels) -> the same."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, expansion: int) -> None:
         super().__init__()
-        self.expand = nn.Linear(channels, 4 * channels)
-        self.contract = nn.Linear(4 * channels, channels)
+        self.expand = nn.Linear(channels, expansion * channels)
+        self.contract = nn.Linear(expansion * channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.contract(functional.gelu(self.expand(x)))
@@ -111,14 +119,15 @@ class SpatialTransformer(nn.Module):
     `context` is (batch, sequence, context_channels).
     """
 
-    def __init__(self, channels: int, head_channels: int, context_channels: int, groups: int) -> None:
+    def __init__(self, channels: int, head_channels: int, context_channels: int, groups: int, layout: str) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, 1e-6)
-        self.proj_in = nn.Linear(channels, channels)
+        compact = layout == "compact"
+        self.norm = normalization(channels, groups, 1e-5 if compact else 1e-6)
+        self.proj_in = nn.Identity() if compact else nn.Linear(channels, channels)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(channels) for _ in range(3))
         self.self_attention = Attention(channels, head_channels)
         self.cross_attention = Attention(channels, head_channels, context_channels)
-        self.feed_forward = GatedFeedForward(channels)
+        self.feed_forward = FeedForward(channels, 2) if compact else GatedFeedForward(channels)
         self.proj_out = zero_initialized(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
@@ -133,10 +142,11 @@ class SpatialTransformer(nn.Module):
 class SpatialAttention(nn.Module):
     """Self-attention with one head over the pixels of a feature map, as in the middle of the autoencoder."""
 
-    def __init__(self, channels: int, groups: int) -> None:
+    def __init__(self, channels: int, groups: int, layout: str) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, 1e-6)
-        self.attention = Attention(channels, channels, bias=True)
+        compact = layout == "compact"
+        self.norm = normalization(channels, groups, 1e-5 if compact else 1e-6)
+        self.attention = Attention(channels, channels, bias=not compact)
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]

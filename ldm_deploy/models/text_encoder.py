@@ -15,7 +15,7 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention = Attention(width, head_channels)
-        self.feed_forward = FeedForward(width)
+        self.feed_forward = FeedForward(width, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x))

@@ -16,6 +16,7 @@ from ldm_deploy.models.layers import (
     ResidualBlock,
     SpatialTransformer,
     Upsample,
+    normalization,
     timestep_embedding,
     zero_initialized,
 )
@@ -51,12 +52,13 @@ class UNet(nn.Module):
         attention_levels: Sequence[int],
         num_heads: Sequence[int],
         norm_groups: int,
+        layout: str,
         context_channels: int,
     ) -> None:
         super().__init__()
         self.channels, self.num_heads = tuple(channels), tuple(num_heads)
         self.num_res_blocks, self.attention_levels = num_res_blocks, tuple(attention_levels)
-        self.norm_groups, self.context_channels = norm_groups, context_channels
+        self.norm_groups, self.layout, self.context_channels = norm_groups, layout, context_channels
         embedding_channels = 4 * channels[0]
         self.timestep_channels = channels[0]
         self.time_embedding = nn.Sequential(
@@ -68,7 +70,7 @@ class UNet(nn.Module):
             if not attention:
                 return Stage(block, None)
             heads = num_heads[level]
-            return Stage(block, SpatialTransformer(outputs, outputs // heads, context_channels, norm_groups))
+            return Stage(block, SpatialTransformer(outputs, outputs // heads, context_channels, norm_groups, layout))
 
         self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
         self.down = nn.ModuleList()
@@ -93,7 +95,7 @@ class UNet(nn.Module):
             if level:
                 self.up.append(Upsample(width))
         self.out = nn.Sequential(
-            nn.GroupNorm(norm_groups, width), nn.SiLU(), zero_initialized(nn.Conv2d(width, in_channels, 3, padding=1))
+            normalization(width, norm_groups), nn.SiLU(), zero_initialized(nn.Conv2d(width, in_channels, 3, padding=1))
         )
 
     def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:

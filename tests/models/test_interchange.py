@@ -82,7 +82,7 @@ def test_autoencoder_from_diffusers(tmp_path):
 def test_autoencoder_to_diffusers(tmp_path):
     from diffusers import AutoencoderKL
 
-    ours = shake(Autoencoder(8, (1, 2, 3), 1, 4, 4))
+    ours = shake(Autoencoder(8, (1, 2, 3), 1, 4, 4, "sd1"))
     save_autoencoder(ours, tmp_path, scale_factor=0.7, sample_size=64)
     theirs = AutoencoderKL.from_pretrained(tmp_path)
     assert theirs.config.scaling_factor == 0.7
@@ -100,7 +100,7 @@ def test_unet_from_diffusers(tmp_path, changes):
 def test_unet_to_diffusers(tmp_path):
     from diffusers import UNet2DConditionModel
 
-    ours = shake(UNet(3, (16, 32), 1, (1,), (1, 4), 8, 20))
+    ours = shake(UNet(3, (16, 32), 1, (1,), (1, 4), 8, "sd1", 20))
     save_unet(ours, tmp_path, sample_size=16)
     same_unet(ours, UNet2DConditionModel.from_pretrained(tmp_path).eval(), 3, 20)
 
@@ -108,14 +108,14 @@ def test_unet_to_diffusers(tmp_path):
 def test_the_default_unet_of_diffusers_has_the_parameters_of_sd_1(tmp_path):
     """SD 1.5's U-Net: 859,520,964 parameters (its published checkpoint)."""
     with torch.device("meta"):
-        unet = UNet(4, (320, 640, 1280, 1280), 2, (0, 1, 2), (8, 8, 8, 8), 32, 768)
+        unet = UNet(4, (320, 640, 1280, 1280), 2, (0, 1, 2), (8, 8, 8, 8), 32, "sd1", 768)
     assert sum(parameter.numel() for parameter in unet.parameters()) == 859_520_964
 
 
 def test_sd_1_autoencoder_has_its_parameters():
     """The autoencoder of SD 1.5: 83,653,863 parameters (its published checkpoint)."""
     with torch.device("meta"):
-        autoencoder = Autoencoder(128, (1, 2, 4, 4), 2, 4, 32)
+        autoencoder = Autoencoder(128, (1, 2, 4, 4), 2, 4, 32, "sd1")
     assert sum(parameter.numel() for parameter in autoencoder.parameters()) == 83_653_863
 
 
@@ -162,3 +162,11 @@ def test_missing_damaged_and_pickled_weights(tmp_path):
     (tmp_path / "config.json").unlink()
     with pytest.raises(ArtifactError, match="give a directory written by diffusers"):
         load_autoencoder(tmp_path)
+
+
+def test_a_compact_network_has_no_place_in_diffusers(tmp_path):
+    with pytest.raises(ArtifactError, match="layout 'compact' with norm_groups 4 has no place in diffusers; train one"):
+        save_autoencoder(Autoencoder(8, (1, 2), 1, 4, 4, "compact"), tmp_path / "vae", 1.0, 32)
+    with pytest.raises(ArtifactError, match="layout 'sd1' with norm_groups 0 has no place in diffusers"):
+        save_unet(UNet(3, (16, 32), 1, (1,), (1, 4), 0, "sd1", 20), tmp_path / "unet", 16)
+    assert not list(tmp_path.iterdir())

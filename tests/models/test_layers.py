@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import nn
 
+from ldm_deploy.config import LAYOUTS
 from ldm_deploy.models.layers import (
     Attention,
     ResidualBlock,
     SpatialTransformer,
     Upsample,
+    normalization,
     timestep_embedding,
 )
 
@@ -63,16 +65,25 @@ def test_residual_block_equals_diffusers():
     torch.testing.assert_close(ours(x, embedding), theirs(x, embedding), rtol=1e-4, atol=1e-5)
 
 
-def test_residual_branches_start_as_zero():
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_residual_branches_start_as_zero(layout):
     torch.manual_seed(0)
     x = torch.randn(1, 16, 8, 8)
     torch.testing.assert_close(ResidualBlock(16, 16, 4)(x), x)
-    torch.testing.assert_close(SpatialTransformer(16, 8, 12, 4)(x, torch.randn(1, 4, 12)), x)
+    torch.testing.assert_close(SpatialTransformer(16, 8, 12, 4, layout)(x, torch.randn(1, 4, 12)), x)
 
 
 def test_residual_block_without_its_embedding_is_refused():
     with pytest.raises(ValueError, match="needs one"):
         ResidualBlock(8, 8, 4, embedding_channels=4)(torch.zeros(1, 8, 4, 4))
+
+
+@pytest.mark.parametrize("channels", [3, 8, 24, 32, 96])
+def test_normalization_divides_any_width(channels):
+    norm = normalization(channels, groups=0)
+    assert norm.num_channels == channels
+    assert norm(torch.randn(2, channels, 4, 4)).shape == (2, channels, 4, 4)
+    assert normalization(96, groups=8).num_groups == 8
 
 
 def test_upsample_doubles():

@@ -29,7 +29,7 @@ def make_unet() -> UNet:
     torch.manual_seed(0)
     unet = UNet(
         in_channels=4, channels=(16, 32), num_res_blocks=1, attention_levels=(1,),
-        num_heads=(1, 2), norm_groups=8, context_channels=24,
+        num_heads=(1, 2), norm_groups=8, layout="sd1", context_channels=24,
     )  # fmt: skip
     for parameter in unet.parameters():
         if not parameter.any():  # zero-initialized branches would hide what they do
@@ -40,7 +40,7 @@ def make_unet() -> UNet:
 @pytest.mark.parametrize(("batch", "height", "width"), [(1, 16, 16), (3, 8, 24), (2, 32, 4)])
 def test_autoencoder_takes_any_multiple_of_its_factor(batch, height, width):
     torch.manual_seed(0)
-    model = Autoencoder(8, (1, 1, 2), num_res_blocks=1, z_channels=4, norm_groups=4).eval()
+    model = Autoencoder(8, (1, 1, 2), num_res_blocks=1, z_channels=4, norm_groups=4, layout="sd1").eval()
     image = torch.rand(batch, 3, height, width) * 2 - 1
     mean, logvar = model.encode(image)
     assert mean.shape == logvar.shape == (batch, 4, height // 4, width // 4)
@@ -53,7 +53,7 @@ def test_autoencoder_takes_any_multiple_of_its_factor(batch, height, width):
 
 def test_autoencoder_reconstructs_from_the_mean_without_noise():
     torch.manual_seed(0)
-    model = Autoencoder(8, (1, 2), num_res_blocks=1, z_channels=4, norm_groups=4).eval()
+    model = Autoencoder(8, (1, 2), num_res_blocks=1, z_channels=4, norm_groups=4, layout="sd1").eval()
     image = torch.rand(2, 3, 16, 16) * 2 - 1
     plain, mean, logvar = model(image)
     torch.testing.assert_close(plain, model(image, torch.zeros_like(mean))[0])
