@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,6 +124,13 @@ class Lpips:
             pixels = layer.shape[2] * layer.shape[3]
             parts.append((lpips.normalize_tensor(layer) * (weight / pixels).sqrt()).flatten(1))
         return torch.cat(parts, dim=1)
+
+    def as_loss(self) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """The distance, differentiable: two float (n, 3, H, W) in [-1, 1] -> (n,). None where it cannot be had."""
+        if not self.available:
+            return None
+        network = self.network()
+        return lambda image, other: network(image, other).flatten()
 
     def network(self) -> Any:
         """The `lpips.LPIPS` module. Raises `RuntimeError` with the reason where it cannot be had."""

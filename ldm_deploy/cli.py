@@ -114,12 +114,13 @@ def train(
     threads: Threads = None, quiet: Quiet = False,
 ) -> Result:  # fmt: skip
     """Train a reference: autoencoder, then diffusion."""
+    from ldm_deploy.eval.lpips_distance import Lpips
     from ldm_deploy.eval.reference import measure_reconstruction, score_reference
     from ldm_deploy.training.train import train as run
 
     return run(
         config, data, out, resume=resume, seed=seed, threads=threads, score=score_reference,
-        measure=measure_reconstruction,
+        measure=measure_reconstruction, perceptual=lambda backbone: Lpips(backbone).as_loss(),
     ), 0  # fmt: skip
 
 

@@ -26,6 +26,8 @@ class AutoencoderConfig:
     z_channels: int = 4
     norm_groups: int = 32  # 0: 16 channels per group
     layout: str = "sd1"
+    kind: str = "kl"  # or "vq": a codebook instead of a Gaussian
+    codebook_size: int = 8192  # of kind "vq"
 
     @property
     def channels(self) -> tuple[int, ...]:
@@ -81,6 +83,25 @@ class StageConfig:
 
 
 @dataclass(frozen=True)
+class AutoencoderLossConfig:
+    """What the autoencoder is trained for, beside absolute and squared error; a weight of 0 leaves the term out."""
+
+    perceptual_weight: float = 0.0
+    perceptual_backbone: str = "squeeze"  # or alex, vgg
+    kl_weight: float = 3e-7  # per nat and image
+    commitment_weight: float = 0.25
+    codebook_averaged: bool = False
+    restart_codes_after: int = 0  # steps without use; 0: never
+    gan_weight: float = 0.0
+    disc_start: int = 0  # step
+    disc_layers: int = 3
+    disc_channels: int = 64
+    disc_norm: str = "group"  # or batch, none
+    disc_spectral_norm: bool = False
+    gradient_penalty: float = 0.0
+
+
+@dataclass(frozen=True)
 class ObjectiveConfig:
     """What the denoiser is asked; what the values mean and where they are from: `ldm_deploy.diffusion.objective`."""
 
@@ -102,8 +123,8 @@ class Config:
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     unet: UNetConfig = field(default_factory=UNetConfig)
     schedule: Schedule = field(default_factory=Schedule)
+    autoencoder_loss: AutoencoderLossConfig = field(default_factory=AutoencoderLossConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    kl_weight: float = 3e-7
     photo_fraction: float = 0.25  # of an autoencoder batch: crops of the free photographs beside the given images
     caption_dropout: float = 0.1  # Ho and Salimans 2022, arXiv:2207.12598
     autocast_bf16: bool = True
@@ -148,6 +169,23 @@ class Config:
                 f"text_encoder.width is {self.text_encoder.width}, no multiple of head_channels "
                 f"{self.text_encoder.head_channels}; change one of them"
             )
+        for where, value, allowed in (
+            ("autoencoder.kind", self.autoencoder.kind, ("kl", "vq")),
+            ("autoencoder_loss.disc_norm", self.autoencoder_loss.disc_norm, ("group", "batch", "none")),
+            (
+                "autoencoder_loss.perceptual_backbone",
+                self.autoencoder_loss.perceptual_backbone,
+                ("squeeze", "alex", "vgg"),
+            ),
+        ):
+            if value not in allowed:
+                raise ConfigError(f"{where} is {value!r}; allowed: {', '.join(allowed)}")
+        for name, value in asdict(self.autoencoder_loss).items():
+            least = 1 if name in ("disc_layers", "disc_channels") else 0
+            if not isinstance(value, str) and not least <= value < math.inf:
+                raise ConfigError(f"autoencoder_loss.{name} is {value}; give {least} or more")
+        if self.autoencoder.codebook_size < 2:
+            raise ConfigError(f"autoencoder.codebook_size is {self.autoencoder.codebook_size}; give 2 or more")
         if self.objective.timestep_sampling not in TIMESTEP_SAMPLINGS:
             raise ConfigError(
                 f"objective.timestep_sampling is {self.objective.timestep_sampling!r}; "

@@ -18,11 +18,13 @@ def test_presets_and_derived_sizes():
 
 def test_toml_changes_what_it_names_and_nothing_else(tmp_path):
     file = tmp_path / "c.toml"
-    file.write_text('preset = "tiny"\nkl_weight = 1\n[unet]\nchannels = [16, 48]\n[autoencoder_training]\nsteps = 7\n')
+    file.write_text(
+        'preset = "tiny"\nphoto_fraction = 1\n[unet]\nchannels = [16, 48]\n[autoencoder_training]\nsteps = 7\n'
+    )
     config = load_config(file)
     assert config.unet.channels == (16, 48)
     assert config.autoencoder_training.steps == 7
-    assert config.kl_weight == 1.0
+    assert config.photo_fraction == 1.0
     assert config.unet.num_heads == PRESETS["tiny"].unet.num_heads
 
 
@@ -49,6 +51,14 @@ def test_toml_changes_what_it_names_and_nothing_else(tmp_path):
         ("[autoencoder]\nch_mult = []", r"autoencoder: the levels have \[\] channels; give 1 or more"),
         ("[unet]\nattention_levels = [3]", "attention_levels names level 3"),
         ("[text_encoder]\nwidth = 100", r"text_encoder\.width is 100"),
+        ("[autoencoder]\nkind = 'vae'", "autoencoder.kind is 'vae'; allowed: kl, vq"),
+        ("[autoencoder_loss]\ndisc_norm = 'layer'", "disc_norm is 'layer'; allowed: group, batch, none"),
+        (
+            "[autoencoder_loss]\nperceptual_backbone = 'vgg19'",
+            "perceptual_backbone is 'vgg19'; allowed: squeeze, alex, vgg",
+        ),
+        ("[autoencoder_loss]\ngan_weight = -1", r"autoencoder_loss\.gan_weight is -1\.0; give 0 or more"),
+        ("[autoencoder_loss]\ndisc_layers = 0", r"autoencoder_loss\.disc_layers is 0; give 1 or more"),
         ("[objective]\ntimestep_sampling = 'log'", "timestep_sampling is 'log'; allowed: uniform, logit_normal"),
         ("[objective]\nmin_snr_gamma = -1", r"objective\.min_snr_gamma is -1\.0; give 0 \(off\) or more"),
         ("[diffusion_training]\naccumulation = 99", "accumulation is 99; a batch of 32 has no more parts than images"),

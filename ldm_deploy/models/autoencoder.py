@@ -18,6 +18,7 @@ from ldm_deploy.models.layers import (
     Upsample,
     normalization,
 )
+from ldm_deploy.models.vq import VectorQuantizer
 
 LOGVAR_RANGE = (-30.0, 20.0)
 EPS = {"compact": 1e-5, "sd1": 1e-6}  # of every normalisation, by layout
@@ -81,40 +82,59 @@ class Decoder(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """Encoder and decoder around a diagonal Gaussian posterior.
+    """Encoder and decoder around a diagonal Gaussian posterior, or around a codebook.
 
-    Level i has ch · ch_mult[i] channels, from the image's resolution down; downsampling factor f = 2^(levels - 1).
+    With `kind` "vq" there is no Gaussian: the log-variance is its lower limit, and the decoder begins with a codebook
+    of `codebook_size` entries (`models/vq.py`). Level i has ch · ch_mult[i] channels, from the image's resolution down;
+    downsampling factor f = 2^(levels - 1).
     Heights and widths must be multiples of f; any batch, height and width will do otherwise.
     """
 
     def __init__(
-        self, ch: int, ch_mult: Sequence[int], num_res_blocks: int, z_channels: int, norm_groups: int, layout: str
+        self,
+        ch: int,
+        ch_mult: Sequence[int],
+        num_res_blocks: int,
+        z_channels: int,
+        norm_groups: int,
+        layout: str,
+        kind: str = "kl",
+        codebook_size: int = 8192,
     ) -> None:
         super().__init__()
         widths = tuple(ch * factor for factor in ch_mult)
         self.widths, self.num_res_blocks, self.z_channels = widths, num_res_blocks, z_channels
-        self.norm_groups, self.layout = norm_groups, layout
-        self.encoder = Encoder(widths, num_res_blocks, 2 * z_channels, norm_groups, layout)
+        self.norm_groups, self.layout, self.kind = norm_groups, layout, kind
+        moments = z_channels if kind == "vq" else 2 * z_channels
+        self.encoder = Encoder(widths, num_res_blocks, moments, norm_groups, layout)
         compact = layout == "compact"
-        self.quant_conv = nn.Identity() if compact else nn.Conv2d(2 * z_channels, 2 * z_channels, 1)
+        self.quant_conv = nn.Identity() if compact else nn.Conv2d(moments, moments, 1)
+        self.quantizer = VectorQuantizer(codebook_size, z_channels) if kind == "vq" else nn.Identity()
         self.post_quant_conv = nn.Identity() if compact else nn.Conv2d(z_channels, z_channels, 1)
         self.decoder = Decoder(widths, num_res_blocks, z_channels, norm_groups, layout)
 
     def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """image (batch, 3, H, W) in [-1, 1] -> posterior mean and log-variance, each (batch, z, H/f, W/f), unscaled."""
-        mean, logvar = self.quant_conv(self.encoder(image)).chunk(2, dim=1)
+        moments = self.quant_conv(self.encoder(image))
+        if self.kind == "vq":
+            return moments, torch.full_like(moments, LOGVAR_RANGE[0])
+        mean, logvar = moments.chunk(2, dim=1)
         return mean, logvar.clamp(*LOGVAR_RANGE)
 
     def decode(self, latent: Tensor) -> Tensor:
-        """latent (batch, z, H/f, W/f), unscaled -> image (batch, 3, H, W) in [-1, 1]."""
-        return self.decoder(self.post_quant_conv(latent)).clamp(-1, 1)
+        """latent (batch, z, H/f, W/f), unscaled and not quantized -> image (batch, 3, H, W) in [-1, 1]."""
+        return self.render(self.quantizer(latent)).clamp(-1, 1)
+
+    def render(self, latent: Tensor) -> Tensor:
+        """The decoder on a latent that is quantized already; not clamped, so that gradients flow."""
+        return self.decoder(self.post_quant_conv(latent))
 
     def forward(self, image: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Reconstruct through mean + exp(logvar / 2) · noise (Kingma and Welling 2014, section 2.4).
 
-        Returns the reconstruction (not clamped, so that gradients flow), the mean and the log-variance.
-        `noise` has the latent's shape; None reconstructs from the mean.
+        Returns the reconstruction (not clamped), the mean and the log-variance. `noise` has the latent's shape; None
+        reconstructs from the mean.
         """
         mean, logvar = self.encode(image)
         latent = mean if noise is None else mean + torch.exp(0.5 * logvar) * noise
-        return self.decoder(self.post_quant_conv(latent)), mean, logvar
+        return self.render(self.quantizer(latent)), mean, logvar

@@ -11,6 +11,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,16 @@ LossFunction = Callable[[int, slice], tuple[Tensor, Mapping[str, float]]]
 Measure = Callable[[np.ndarray, np.ndarray], Mapping[str, float]]
 # (module with averaged parameters, step) -> numbers to log; may write files
 Preview = Callable[[nn.Module, int], Mapping[str, float]]
+
+
+@dataclass
+class Adversary:
+    """A network trained against the first: after each of its steps from `start` on, one step on `loss_function`."""
+
+    module: nn.Module
+    loss_function: LossFunction
+    start: int
+    learning_rate: float
 
 
 def rng(seed: int, purpose: str, step: int) -> np.random.Generator:
@@ -61,13 +72,16 @@ def run_stage(
     *,
     resume: bool,
     preview: Preview | None = None,
+    adversary: Adversary | None = None,
+    after_step: Callable[[int], Mapping[str, float]] = lambda step: {},
 ) -> dict[str, Tensor]:
     """Train `module` for `config.steps` steps and return its averaged parameters.
 
     Writes `directory/<name>.safetensors` every `checkpoint_every` steps (atomically: a killed run keeps the last one)
     and one line per 20 steps to `directory/<name>.jsonl`, and to TensorBoard files where that package is installed.
     `fingerprint` identifies configuration and data: a checkpoint of another one is refused. Of several processes each
-    computes its rows of the batch, and the first one writes. Raises `TrainingError` on a checkpoint that must not be
+    computes its rows of the batch, and the first one writes. `after_step` is called when the parameters have moved, and
+    returns numbers to log. Raises `TrainingError` on a checkpoint that must not be
     overwritten and on a loss that is not finite (the last checkpoint is kept and named).
     """
     directory.mkdir(parents=True, exist_ok=True)
@@ -75,6 +89,12 @@ def run_stage(
     optimizer = torch.optim.AdamW(
         module.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.99), fused=True
     )
+    trained: dict[str, tuple[nn.Module, torch.optim.Optimizer]] = {"": (module, optimizer)}
+    if adversary is not None:
+        rival = torch.optim.Adam(
+            adversary.module.parameters(), lr=adversary.learning_rate, betas=(0.5, 0.9), fused=True
+        )
+        trained["adversary."] = (adversary.module, rival)
     ema = Ema(module, config.ema_decay)
     if config.gradient_checkpointing:
         checkpoint_blocks(module)
@@ -84,8 +104,10 @@ def run_stage(
             raise TrainingError(
                 f"{checkpoint} holds an earlier run of this stage; add --resume to continue it, or remove {directory}"
             )
-        start = _restore(checkpoint, fingerprint, module, optimizer, ema)
+        start = _restore(checkpoint, fingerprint, trained, ema)
     team = processes()
+    if team.count > config.batch_size:
+        raise TrainingError(f"{team.count} processes share a batch of {config.batch_size}; start fewer of them")
     team.wait()  # all have read the checkpoint before the first one writes the next
     log = TrainingLog(directory, name, start) if team.first else None
     began = time.monotonic()
@@ -105,6 +127,12 @@ def run_stage(
                 )
             norm = nn.utils.clip_grad_norm_(module.parameters(), config.clip_norm)
             optimizer.step()
+            numbers |= after_step(step)
+            if adversary is not None and step >= adversary.start:
+                rival.zero_grad(set_to_none=True)
+                found = _gradients(adversary.module, adversary.loss_function, step, config, team)
+                rival.step()
+                numbers |= {"discriminator": found.pop("loss"), **found}
             ema.update(module, step)
             done = step + 1
             if log is not None:
@@ -116,7 +144,7 @@ def run_stage(
                     log.write({"step": step, **numbers, **figures, "gradient_norm": norm.item(),
                                "learning_rate": rate, "seconds": round(time.monotonic() - began, 1)})  # fmt: skip
                 if done % config.checkpoint_every == 0 or done == config.steps:
-                    _save(checkpoint, fingerprint, done, module, optimizer, ema)
+                    _save(checkpoint, fingerprint, done, trained, ema)
             advance(1)
     if log is not None:
         log.close()
@@ -147,22 +175,32 @@ def _gradients(
     return totals
 
 
-def _save(
-    path: Path, fingerprint: str, steps_done: int, module: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema
-) -> None:
+# prefix in the checkpoint -> a network and its optimizer
+Trained = Mapping[str, tuple[nn.Module, torch.optim.Optimizer]]
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def _save(path: Path, fingerprint: str, steps_done: int, trained: Trained, ema: Ema) -> None:
     from safetensors.torch import save
 
     tensors: dict[str, Tensor] = {}
-    for name, parameter in module.named_parameters():
-        tensors[f"model.{name}"] = parameter.detach().contiguous()
-        for key in ("exp_avg", "exp_avg_sq"):
-            tensors[f"{key}.{name}"] = optimizer.state[parameter][key].contiguous()
+    metadata = {"steps_done": str(steps_done), "fingerprint": fingerprint}
+    for prefix, (module, optimizer) in trained.items():
+        for name, parameter in module.named_parameters():
+            tensors[f"{prefix}model.{name}"] = parameter.detach().contiguous()
+            state = optimizer.state.get(parameter)
+            if state:  # none if it never had a gradient
+                metadata[f"{prefix}steps"] = str(int(state["step"]))
+                for key in MOMENTS:
+                    tensors[f"{prefix}{key}.{name}"] = state[key].contiguous()
+        for name, buffer in module.named_buffers():
+            tensors[f"{prefix}buffer.{name}"] = buffer.contiguous()
     for name, average in ema.state().items():
         tensors[f"ema.{name}"] = average.contiguous()
-    atomic_write_bytes(path, save(tensors, metadata={"steps_done": str(steps_done), "fingerprint": fingerprint}))
+    atomic_write_bytes(path, save(tensors, metadata=metadata))
 
 
-def _restore(path: Path, fingerprint: str, module: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema) -> int:
+def _restore(path: Path, fingerprint: str, trained: Trained, ema: Ema) -> int:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -173,15 +211,23 @@ def _restore(path: Path, fingerprint: str, module: nn.Module, optimizer: torch.o
                     f"{path} was written with another configuration or other data; "
                     f"give those again to resume, or remove {path.parent} to start over"
                 )
-            steps_done = int(metadata["steps_done"])
-            for name, parameter in module.named_parameters():
-                parameter.data.copy_(file.get_tensor(f"model.{name}"))
-                ema.averages[name].copy_(file.get_tensor(f"ema.{name}"))
-                optimizer.state[parameter] = {
-                    "step": torch.tensor(float(steps_done)),
-                    "exp_avg": torch.empty_like(parameter).copy_(file.get_tensor(f"exp_avg.{name}")),
-                    "exp_avg_sq": torch.empty_like(parameter).copy_(file.get_tensor(f"exp_avg_sq.{name}")),
-                }
+            names = set(file.keys())
+            for prefix, (module, optimizer) in trained.items():
+                for name, parameter in module.named_parameters():
+                    parameter.data.copy_(file.get_tensor(f"{prefix}model.{name}"))
+                    if f"{prefix}{MOMENTS[0]}.{name}" in names:
+                        steps = float(metadata.get(f"{prefix}steps", metadata["steps_done"]))
+                        optimizer.state[parameter] = {
+                            "step": torch.tensor(steps),
+                            **{
+                                key: torch.empty_like(parameter).copy_(file.get_tensor(f"{prefix}{key}.{name}"))
+                                for key in MOMENTS
+                            },
+                        }
+                for name, buffer in module.named_buffers():
+                    buffer.copy_(file.get_tensor(f"{prefix}buffer.{name}"))
+            for name, average in ema.averages.items():
+                average.copy_(file.get_tensor(f"ema.{name}"))
+            return int(metadata["steps_done"])
     except (SafetensorError, KeyError, ValueError) as error:
         raise TrainingError(f"checkpoint {path} is damaged ({error}); remove it to start the stage over") from None
-    return steps_done

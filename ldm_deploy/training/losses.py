@@ -1,9 +1,15 @@
-"""Training losses of both stages."""
+"""Losses of the autoencoder; those of the denoiser are in `diffusion/objective.py`."""
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
 from torch.nn import functional
+
+# (image, reconstruction), both (batch, 3, H, W) in [-1, 1] -> distance (batch,), differentiable
+Perceptual = Callable[[Tensor, Tensor], Tensor]
 
 
 def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:
@@ -14,3 +20,39 @@ def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:
 def reconstruction_loss(image: Tensor, reconstruction: Tensor) -> Tensor:
     """Mean absolute plus mean squared difference over all pixels: a scalar. Both (batch, 3, H, W) in [-1, 1]."""
     return functional.l1_loss(reconstruction, image) + functional.mse_loss(reconstruction, image)
+
+
+def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """What the discriminator minimises, from its logits (Lim and Ye 2017, arXiv:1705.02894, eq. 8; half of it)."""
+    return 0.5 * (functional.relu(1 - real).mean() + functional.relu(1 + fake).mean())
+
+
+def generator_loss(fake: Tensor) -> Tensor:
+    """What the decoder minimises, from the logits of its images (the same paper, eq. 9)."""
+    return -fake.mean()
+
+
+def adaptive_weight(
+    reconstruction: Tensor,
+    generator: Tensor,
+    last_layer: Tensor,
+    sum_: Callable[[list[Tensor]], None] = lambda tensors: None,
+) -> Tensor:
+    """Weight of the generator loss at which it pulls the last layer as hard as the reconstruction loss: a scalar.
+
+    |grad of reconstruction| / (|grad of generator| + 1e-4), at most 1e4 (Esser et al. 2021, arXiv:2012.09841, eq. 7
+    with the released code's delta). `sum_` adds gradients of the same batch from other processes, in place.
+    """
+    gradients = [torch.autograd.grad(loss, last_layer, retain_graph=True)[0] for loss in (reconstruction, generator)]
+    sum_(gradients)
+    return (gradients[0].norm() / (gradients[1].norm() + 1e-4)).clamp(0, 1e4).detach()
+
+
+def gradient_penalty(discriminator: nn.Module, real: Tensor) -> Tensor:
+    """R1: half the squared norm of the logits' gradient at real images, mean over the batch: a scalar.
+
+    Mescheder et al. 2018, arXiv:1801.04406, eq. 9, without its weight.
+    """
+    real = real.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(discriminator(real).sum(), real, create_graph=True)
+    return 0.5 * gradient.square().sum(dim=(1, 2, 3)).mean()

@@ -19,6 +19,7 @@ from ldm_deploy.training.model_card import model_card
 
 if TYPE_CHECKING:
     from ldm_deploy.training.loop import Measure
+    from ldm_deploy.training.losses import Perceptual
 
 HELD_OUT_SHOWN = 32  # held-out images that a preview measures
 PROMPTS_SHOWN = 16
@@ -36,11 +37,13 @@ def train(
     seed: int | None = None,
     score: Score | None = None,
     measure: Measure | None = None,
+    perceptual: Callable[[str], Perceptual | None] = lambda backbone: None,
 ) -> dict[str, Any]:
     """Train a reference and write it to `out`; checkpoints, logs and previews lie beside it in `<out>.training/`.
 
     Skin-tone variants and held-out images are not trained on. `measure` gives the figures of held-out images in
-    previews, `score` those of the model card. Of several processes the first one writes. Raises `TrainingError` if
+    previews, `score` those of the model card; `perceptual` makes the perceptual distance of a backbone, if that is to
+    be had. Of several processes the first one writes. Raises `TrainingError` if
     `out` exists.
     """
     import torch
@@ -73,6 +76,8 @@ def train(
     autoencoder = train_autoencoder(
         resolved, chosen, directory, _autoencoder_key(resolved, chosen), resume=resume,
         preview=reconstructions(held_out, previews, measure) if len(held_out) else None,
+        perceptual=perceptual(resolved.autoencoder_loss.perceptual_backbone)
+        if resolved.autoencoder_loss.perceptual_weight else None,
     )  # fmt: skip
     # Stage two sees the autoencoder that ships: rounded to fp16.
     for parameter in autoencoder.parameters():
@@ -130,12 +135,13 @@ def train(
 
 
 def _autoencoder_key(config: Config, data: ImageSet) -> str:
-    names = ("resolution", "seed", "kl_weight", "photo_fraction", "autocast_bf16")
+    names = ("resolution", "seed", "photo_fraction", "autocast_bf16")
     return content_key(
         {
             "data": data.digest,
             "model": asdict(config.autoencoder),
             "training": _what_matters(config.autoencoder_training),
+            "loss": asdict(config.autoencoder_loss),
             **{name: getattr(config, name) for name in names},
         }
     )

@@ -52,6 +52,24 @@ def test_it_is_the_packages_own_distance(squeeze: Lpips, monkeypatch: pytest.Mon
     np.testing.assert_allclose(squeeze(one, one), 0, atol=1e-7)
 
 
+def test_as_a_loss_it_is_the_same_distance_and_pulls_images_together(squeeze: Lpips, tmp_path: Path) -> None:
+    import torch
+
+    distance = squeeze.as_loss()
+    assert distance is not None
+    one, other = noise(2), noise(2, seed=1)
+
+    def tensor(images: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+    moving = tensor(other).requires_grad_()
+    before = distance(tensor(one), moving)
+    np.testing.assert_allclose(before.detach().numpy(), squeeze(one, other), rtol=1e-5)
+    (gradient,) = torch.autograd.grad(before.sum(), moving)
+    after = distance(tensor(one), (moving - 0.002 * gradient / gradient.abs().mean()).detach())
+    assert (after < before).all()
+
+
 def test_nearest_finds_what_comparing_every_pair_finds(squeeze: Lpips) -> None:
     queries, gallery = noise(2, 32, seed=2), noise(68, 32, seed=3)  # more than one batch
     gallery[66] = np.clip(queries[1].astype(int) + 3, 0, 255)

@@ -33,7 +33,7 @@ from ldm_deploy.training.train import train
 DRIVER = """
 import dataclasses, sys
 from pathlib import Path
-from ldm_deploy.config import PRESETS, StageConfig
+from ldm_deploy.config import PRESETS, AutoencoderLossConfig, StageConfig
 from ldm_deploy.progress import set_quiet
 from ldm_deploy.training.train import train
 
@@ -42,14 +42,18 @@ steps, batch = int(sys.argv[2]), int(sys.argv[3])
 stage = StageConfig(steps, batch, 1e-3, checkpoint_every=2)
 first = dataclasses.replace(stage, steps=4)
 config = dataclasses.replace(
-    PRESETS["tiny"], autocast_bf16=False, autoencoder_training=first, diffusion_training=stage
+    PRESETS["tiny"], autocast_bf16=False, autoencoder_training=first, diffusion_training=stage,
+    autoencoder=dataclasses.replace(PRESETS["tiny"].autoencoder, kind=sys.argv[4], codebook_size=32),
+    autoencoder_loss=AutoencoderLossConfig(
+        gan_weight=0.5, disc_channels=8, disc_layers=1, codebook_averaged=True, restart_codes_after=2
+    ),
 )
 train(config, "photos", Path(sys.argv[1]), resume=True, threads=1)
 """
 
 
-def start(out, steps, batch, **environment):
-    command = [sys.executable, "-W", "error", "-c", DRIVER, str(out), str(steps), str(batch)]
+def start(out, steps, batch, kind="kl", **environment):
+    command = [sys.executable, "-W", "error", "-c", DRIVER, str(out), str(steps), str(batch), kind]
     return subprocess.Popen(command, env={**os.environ, **environment})
 
 
@@ -87,7 +91,9 @@ def test_a_run_killed_at_any_moment_equals_the_uninterrupted_one(tmp_path):
         assert torch.equal(value, expected[name]), name
 
 
-def test_two_processes_equal_one(tmp_path):
+@pytest.mark.parametrize("kind", ["kl", "vq"])
+def test_two_processes_equal_one(tmp_path, kind):
+    """With an adversary, whose weight is that of the whole batch, and with the statistics of a codebook."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
@@ -98,12 +104,12 @@ def test_two_processes_equal_one(tmp_path):
         "LOCAL_WORLD_SIZE": "2",
         "OMP_NUM_THREADS": "1",
     }  # as torchrun sets them
-    pair = [start(tmp_path / "pair", 6, 5, RANK=rank, LOCAL_RANK=rank, **place) for rank in ("0", "1")]
-    single = start(tmp_path / "single", 6, 5)
+    pair = [start(tmp_path / "pair", 6, 5, kind, RANK=rank, LOCAL_RANK=rank, **place) for rank in ("0", "1")]
+    single = start(tmp_path / "single", 6, 5, kind)
     assert [process.wait(200) for process in (*pair, single)] == [0, 0, 0]
     expected = weights(tmp_path / "single")
     for name, value in weights(tmp_path / "pair").items():
-        if ".model." in name:
+        if ".model." in name or ".buffer." in name:
             torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5)
     (_, first), *_ = losses(tmp_path / "pair")
     assert first == pytest.approx(losses(tmp_path / "single")[0][1], rel=1e-5)
