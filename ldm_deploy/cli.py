@@ -109,6 +109,7 @@ def train(
     out: Out,
     data: Annotated[str, Option("--data", metavar="PATH", help="A folder, a zip or 'photos'.")] = "photos",
     resume: Annotated[bool, Option("--resume", help="Go on where a killed run stopped.")] = False,
+    init_from: Annotated[str | None, Option("--init-from", metavar="DIR", help="A reference to fine-tune.")] = None,
     json: Json = None,
     seed: Annotated[int | None, Option("--seed", min=0, help="Instead of the configuration's.")] = None,
     threads: Threads = None, quiet: Quiet = False,
@@ -121,6 +122,7 @@ def train(
     return run(
         config, data, out, resume=resume, seed=seed, threads=threads, score=score_reference,
         measure=measure_reconstruction, perceptual=lambda backbone: Lpips(backbone).as_loss(),
+        init_from=init_from,
     ), 0  # fmt: skip
 
 

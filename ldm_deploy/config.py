@@ -126,6 +126,9 @@ class Config:
     autoencoder_loss: AutoencoderLossConfig = field(default_factory=AutoencoderLossConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     photo_fraction: float = 0.25  # of an autoencoder batch: crops of the free photographs beside the given images
+    lora_rank: int = (
+        0  # of adapters of the U-Net's attention, trained instead of the whole; needs weights to start from
+    )
     caption_dropout: float = 0.1  # Ho and Salimans 2022, arXiv:2207.12598
     autocast_bf16: bool = True
 
@@ -194,6 +197,8 @@ class Config:
         for name in ("min_snr_gamma", "offset_noise"):
             if not 0 <= getattr(self.objective, name) < math.inf:
                 raise ConfigError(f"objective.{name} is {getattr(self.objective, name)}; give 0 (off) or more")
+        if self.lora_rank < 0:
+            raise ConfigError(f"lora_rank is {self.lora_rank}; give 0 (train the whole) or more")
         for name in ("photo_fraction", "caption_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; allowed: 0 to 1")

@@ -12,11 +12,14 @@ from torch import Tensor, nn
 
 from ldm_deploy.config import Config
 from ldm_deploy.diffusion.objective import min_snr_weights, offset_noise, sample_timesteps
+from ldm_deploy.errors import TrainingError
 from ldm_deploy.models.autoencoder import Autoencoder
+from ldm_deploy.models.reference import Reference
 from ldm_deploy.models.text_encoder import TextEncoder
 from ldm_deploy.models.unet import UNet
 from ldm_deploy.training.autoencoder import to_tensor
 from ldm_deploy.training.loop import Preview, rng, run_stage
+from ldm_deploy.training.lora import add_lora
 
 
 class Denoiser(nn.Module):
@@ -60,12 +63,14 @@ def train_denoiser(
     *,
     resume: bool,
     preview: Preview | None = None,
+    initial: Reference | None = None,
 ) -> Denoiser:
     """Train on `latents`, posterior means and standard deviations (n, z, h, w), and captions int64 (n, sequence).
 
     Mean squared error of the schedule's kind of prediction: noise (Ho et al. 2020, arXiv:2006.11239, eq. 14), image, or
     v (Salimans and Ho 2022, arXiv:2202.00512, appendix D), at timesteps and with weights as `config.objective` says.
-    `scale`: the latents' scale factor. Returns the averaged model.
+    `scale`: the latents' scale factor. `initial`: a reference to go on from; with `config.lora_rank` only adapters of
+    its U-Net's attention learn. Returns the averaged model. Raises `TrainingError` if its weights do not fit.
     """
     stage = config.diffusion_training
     mean, std = latents
@@ -74,6 +79,11 @@ def train_denoiser(
     kind = config.schedule.prediction_type
     torch.manual_seed(config.seed + 1)
     model = Denoiser(config, vocab_size).to(memory_format=torch.channels_last)
+    if initial is not None:
+        _start_from(model, initial)
+    if config.lora_rank:
+        model.requires_grad_(False)
+        add_lora(model.unet, config.lora_rank)
 
     total = config.schedule.num_train_timesteps
     weights = torch.ones(total)
@@ -107,3 +117,15 @@ def train_denoiser(
     averages = run_stage("diffusion", model, loss, stage, directory, fingerprint, resume=resume, preview=preview)
     model.load_state_dict(averages)
     return model.eval()
+
+
+def _start_from(model: Denoiser, initial: Reference) -> None:
+    try:
+        model.text_encoder.load_state_dict(initial.text_encoder.state_dict())
+        model.unet.load_state_dict(initial.unet.state_dict())
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip()
+        raise TrainingError(
+            f"the weights in {initial.directory} do not fit the configuration ({first}); "
+            "give the text_encoder and unet that they were trained with"
+        ) from None

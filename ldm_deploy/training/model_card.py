@@ -29,6 +29,7 @@ def model_card(record: Mapping[str, Any]) -> str:
         )
         + f"torch {record['torch']}, {record['threads']} threads, seed {config['seed']}.",
         "",
+        *(_origin(record["init_from"], config["lora_rank"]) if "init_from" in record else ()),
         "| stage | steps | batch | learning rate | minutes | final loss |",
         "|---|---|---|---|---|---|",
     ]
@@ -46,6 +47,11 @@ def model_card(record: Mapping[str, Any]) -> str:
         lines += ["| figure | value | how |", "|---|---|---|"]
         lines += [f"| {name} | {value} | {how} |" for name, value, how in _rows(figures)]
     return "\n".join(lines) + "\n"
+
+
+def _origin(start: Mapping[str, Any], rank: int) -> tuple[str, ...]:
+    what = f"adapters of rank {rank} in the U-Net's attention, merged" if rank else "text encoder and U-Net"
+    return (f"Fine-tuned from `{start['name']}` (digest `{start['digest']}`): {what}.", "")
 
 
 def _rows(figures: Mapping[str, Any]) -> list[tuple[str, str, str]]:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ldm_deploy.artifact import atomic_write_bytes, content_key, staged_directory, write_manifest
-from ldm_deploy.config import Config, StageConfig, load_config
-from ldm_deploy.errors import DataError, TrainingError
+from ldm_deploy.config import AutoencoderConfig, Config, StageConfig, load_config
+from ldm_deploy.errors import ConfigError, DataError, TrainingError
 from ldm_deploy.training.data import ImageSet, load_images
 from ldm_deploy.training.model_card import model_card
 
@@ -38,19 +38,23 @@ def train(
     score: Score | None = None,
     measure: Measure | None = None,
     perceptual: Callable[[str], Perceptual | None] = lambda backbone: None,
+    init_from: str | Path | None = None,
 ) -> dict[str, Any]:
     """Train a reference and write it to `out`; checkpoints, logs and previews lie beside it in `<out>.training/`.
 
     Skin-tone variants and held-out images are not trained on. `measure` gives the figures of held-out images in
     previews, `score` those of the model card; `perceptual` makes the perceptual distance of a backbone, if that is to
-    be had. Of several processes the first one writes. Raises `TrainingError` if
-    `out` exists.
+    be had. `init_from`: a reference whose autoencoder, scale factor and tokenizer are kept and whose text encoder and
+    U-Net are trained further, or only given adapters (`lora_rank`), which are merged. Of several processes the first
+    one writes. Raises `TrainingError` if `out` exists.
     """
     import torch
+    from tokenizers import Tokenizer
 
-    from ldm_deploy.models.reference import describe, save_reference
+    from ldm_deploy.models.reference import describe, load_reference, reference_digest, save_reference
     from ldm_deploy.training.autoencoder import train_autoencoder
     from ldm_deploy.training.diffusion import encode_images, latent_scale, train_denoiser
+    from ldm_deploy.training.lora import merged_state
     from ldm_deploy.training.preview import reconstructions, samples
     from ldm_deploy.training.processes import processes
     from ldm_deploy.training.tokenizer import train_tokenizer
@@ -58,6 +62,11 @@ def train(
     resolved = config if isinstance(config, Config) else load_config(config)
     if seed is not None:
         resolved = Config(**{**vars(resolved), "seed": seed})
+    if resolved.lora_rank and init_from is None:
+        raise ConfigError(
+            f"lora_rank is {resolved.lora_rank} and there are no weights to adapt; "
+            "give a reference with --init-from, or set lora_rank = 0"
+        )
     if out.exists():
         raise TrainingError(f"{out} exists; remove it or give another --out")
     if threads is not None:
@@ -73,29 +82,40 @@ def train(
     directory = out.with_name(out.name + ".training")
     previews = directory / "previews"
     held_out = images.images[images.held_out & ~images.skin_tone][:HELD_OUT_SHOWN]
-    autoencoder = train_autoencoder(
-        resolved, chosen, directory, _autoencoder_key(resolved, chosen), resume=resume,
-        preview=reconstructions(held_out, previews, measure) if len(held_out) else None,
-        perceptual=perceptual(resolved.autoencoder_loss.perceptual_backbone)
-        if resolved.autoencoder_loss.perceptual_weight else None,
-    )  # fmt: skip
+    initial = None if init_from is None else load_reference(init_from)
+    if initial is not None:
+        _check_autoencoder(initial.model["autoencoder"], resolved, init_from)
+        autoencoder = initial.autoencoder
+    else:
+        autoencoder = train_autoencoder(
+            resolved, chosen, directory, _autoencoder_key(resolved, chosen), resume=resume,
+            preview=reconstructions(held_out, previews, measure) if len(held_out) else None,
+            perceptual=perceptual(resolved.autoencoder_loss.perceptual_backbone)
+            if resolved.autoencoder_loss.perceptual_weight else None,
+        )  # fmt: skip
     # Stage two sees the autoencoder that ships: rounded to fp16.
     for parameter in autoencoder.parameters():
         parameter.data = parameter.data.half().float()
 
     length = resolved.text_encoder.context_length
-    tokenizer = train_tokenizer(chosen.texts, resolved.text_encoder.vocab_size, length)
+    if initial is not None:
+        tokenizer = Tokenizer.from_file(str(initial.tokenizer_path))
+    else:
+        tokenizer = train_tokenizer(chosen.texts, resolved.text_encoder.vocab_size, length)
     tokenizer.enable_truncation(length)
     input_ids = np.array([encoding.ids for encoding in tokenizer.encode_batch(chosen.texts)], dtype=np.int64)
     tokenizer.no_truncation()
     latents = encode_images(autoencoder, chosen.images)
-    scale_factor = latent_scale(*latents)
+    scale_factor = latent_scale(*latents) if initial is None else initial.model["scale_factor"]
+    key = {"training": _diffusion_key(resolved, images)}
+    if initial is not None:
+        key["init_from"] = reference_digest(initial.directory)
     team = processes()
     if team.first:
         atomic_write_bytes(directory / "tokenizer.json", tokenizer.to_str().encode())
     denoiser = train_denoiser(
         resolved, latents, scale_factor, input_ids, tokenizer.encode("").ids, tokenizer.get_vocab_size(),
-        directory, _diffusion_key(resolved, images), resume=resume,
+        directory, content_key(key), resume=resume, initial=initial,
         preview=samples(
             describe(resolved, scale_factor, tokenizer.get_vocab_size()), autoencoder, directory / "tokenizer.json",
             chosen.texts[:: max(1, len(chosen.texts) // PROMPTS_SHOWN)][:PROMPTS_SHOWN], previews,
@@ -105,10 +125,11 @@ def train(
     weights = {
         "autoencoder": autoencoder.state_dict(),
         "text_encoder": denoiser.text_encoder.state_dict(),
-        "unet": denoiser.unet.state_dict(),
+        "unet": merged_state(denoiser.unet),
     }
+    stages = ("autoencoder", "diffusion") if initial is None else ("diffusion",)
     record: dict[str, Any] = {
-        "command": _command(config, data, out),
+        "command": _command(config, data, out, init_from),
         "data": {
             "digest": images.digest,
             "images_trained_on": len(chosen.texts),
@@ -116,9 +137,11 @@ def train(
         },
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "stages": {stage: _summary(directory / f"{stage}.jsonl") for stage in ("autoencoder", "diffusion")},
+        "stages": {stage: _summary(directory / f"{stage}.jsonl") for stage in stages},
         "config": resolved.to_dict(),
     }
+    if initial is not None:
+        record["init_from"] = {"name": initial.model["name"], "digest": key["init_from"]}
     if not team.first:
         team.wait()
         return record
@@ -159,10 +182,21 @@ def _what_matters(stage: StageConfig) -> dict[str, Any]:
     return {name: value for name, value in asdict(stage).items() if name not in free}
 
 
-def _command(config: str | Path | Config, data: str | Path, out: Path) -> str:
+def _check_autoencoder(found: Mapping[str, Any], config: Config, init_from: str | Path | None) -> None:
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
+    theirs = AutoencoderConfig(**values)
+    if theirs != config.autoencoder:
+        raise TrainingError(
+            f"{init_from} has the autoencoder {asdict(theirs)} and the configuration {asdict(config.autoencoder)}; "
+            "give the one that it was trained with"
+        )
+
+
+def _command(config: str | Path | Config, data: str | Path, out: Path, init_from: str | Path | None) -> str:
     name = config.name if isinstance(config, Config) else str(config)
     shown = data if str(data) == "photos" else Path(data).name
-    return shlex.join(["ldm-deploy", "train", name, "--data", str(shown), "--out", out.name])
+    start = [] if init_from is None else ["--init-from", Path(init_from).name]
+    return shlex.join(["ldm-deploy", "train", name, "--data", str(shown), "--out", out.name, *start])
 
 
 def _summary(log: Path) -> dict[str, Any]:
