@@ -5,7 +5,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 OUT    ?= build/reference
 TARGET ?= onnxruntime-cpu
-CONFIG ?= reference
+PRESET ?= reference
 DATA   ?= $(or $(LDM_DEPLOY_DATA),photos)
 
 INSTALLED := $(VENV)/.installed
@@ -47,8 +47,8 @@ lint: $(INSTALLED) ## ruff and mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
-train: $(INSTALLED) ## train a reference: make train DATA=emoji.zip CONFIG=reference (resumes)
-	@$(BIN)/ldm-deploy train $(CONFIG) --data "$(DATA)" --out build/trained --resume
+train: $(INSTALLED) ## train a reference: make train DATA=emoji.zip PRESET=reference (resumes)
+	@$(BIN)/ldm-deploy train $(PRESET) --data "$(DATA)" --out build/trained --resume
 
 distill: ## fewer steps, a smaller decoder: not built yet
 	@echo "error: distillation is not built yet; there is: make export (INT8 for ONNX Runtime on the CPU)" >&2; exit 1

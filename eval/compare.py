@@ -60,7 +60,7 @@ def evaluate_bundle(
 
     started = datetime.now(UTC)
     data = read_bundle(bundle).data
-    grid = load_grid(prompts, seeds)
+    grid = load_grid(prompts or data["model"].get("prompts", {}).get("report"), seeds)
     threads = threads or usable_threads()
     before = machine(threads)
     source, no_baseline = find_reference(data.get("parents", {}).get("reference"), reference)

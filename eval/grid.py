@@ -1,12 +1,13 @@
-"""What every variant draws: the 24 prompts of eval/prompts.toml, each with the same seeds."""
+"""What is drawn, each prompt with the same seeds: by every variant, and to score a reference."""
 
 from __future__ import annotations
 
 import hashlib
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from typing import Any
 
 from ldm_deploy.errors import EvaluationError
 
@@ -33,11 +34,23 @@ class Grid:
 
 
 def load_grid(prompts: Sequence[str] | None = None, seeds: Sequence[int] | None = None) -> Grid:
-    """The shipped grid; `prompts` and `seeds` replace its parts."""
-    text = (resources.files("ldm_deploy.eval") / "prompts.toml").read_text(encoding="utf-8")
-    shipped = tomllib.loads(text)
-    listed = [prompt for group in shipped["prompts"].values() for prompt in group]
+    """The 24 shipped prompts of a report; `prompts` and `seeds` replace them."""
+    shipped = _shipped()
     return Grid(
-        tuple(listed if prompts is None else prompts),
+        tuple(_listed(shipped["prompts"]) if prompts is None else prompts),
         tuple(shipped["seeds"] if seeds is None else seeds),
     )
+
+
+def retrieval_grid() -> Grid:
+    """The 50 shipped prompts that a reference is scored on, those of the reports among them."""
+    shipped = _shipped()
+    return Grid((*_listed(shipped["prompts"]), *_listed(shipped["retrieval"])), tuple(shipped["seeds"]))
+
+
+def _shipped() -> dict[str, Any]:
+    return tomllib.loads((resources.files("ldm_deploy.eval") / "prompts.toml").read_text(encoding="utf-8"))
+
+
+def _listed(groups: Mapping[str, Sequence[str]]) -> list[str]:
+    return [prompt for group in groups.values() for prompt in group]

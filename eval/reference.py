@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ldm_deploy.errors import DataError, EvaluationError
-from ldm_deploy.eval.grid import Grid, load_grid
+from ldm_deploy.eval.grid import Grid, load_grid, retrieval_grid
 from ldm_deploy.eval.lpips_distance import Lpips
 from ldm_deploy.eval.metrics import psnr_db_each, ssim
 from ldm_deploy.progress import task
@@ -29,11 +29,14 @@ def score_reference(
     threads: int | None = None,
     grid: Grid | None = None,
     steps: int | None = None,
+    picture: Path | None = None,
 ) -> dict[str, Any]:
     """Held-out reconstruction, photographs and retrieval of a reference directory, as plain data.
 
-    `data`: the captioned images it was trained on (the held-out ones are told by their names). Figures that need
-    something absent are null with a reason. Raises `DataError` for data that does not open.
+    `data`: the images it was trained on (the held-out ones are told by their names). `grid`: what is asked for; None
+    takes the 50 shipped prompts if the data has them, else those that model.json names. `picture`: a PNG to write, with
+    the first sample of every prompt, ten in a row. Figures that need something absent are null with a reason. Raises
+    `DataError` for data that does not open.
     """
     from ldm_deploy.models.reference import load_reference, reference_digest
     from ldm_deploy.models.torch_engine import torch_pipeline
@@ -45,16 +48,53 @@ def score_reference(
         raise EvaluationError(
             f"the reference draws {height}x{width}; scoring needs a square size, as the data is square"
         )
-    images = load_images(data, height)
+    images = load_images(data, height, reference.model.get("conditioning", "captions"))
     pipeline = torch_pipeline(reference, threads)
+    if grid is None:
+        grid = retrieval_grid()
+        if not set(grid.prompts) <= {base_text(text) for text in images.texts}:
+            grid = load_grid(reference.model.get("prompts", {}).get("report"))
+    samples = draw(pipeline, grid, steps)
+    if picture is not None:
+        _write_picture(picture, samples[:: len(grid.seeds)])
+    guidance = pipeline.guidance_scale
     return {
         "format": 1,
         "reference": {"name": reference.model.get("name"), "digest": reference_digest(reference.directory)},
         "data": {"digest": images.digest, "images": len(images.texts), "held_out": int(images.held_out.sum())},
         "held_out": reconstruct_held_out(pipeline, images),
         "photographs": reconstruct_photographs(pipeline),
-        "retrieval": retrieve(pipeline, images, grid or load_grid(), steps=steps),
-    }
+        "retrieval": {**retrieve(samples, images, grid), **_sampling(pipeline, steps, guidance)},
+        "retrieval_without_guidance": None if guidance == 1 else {
+            **retrieve(draw(pipeline, grid, steps, 1.0), images, grid), **_sampling(pipeline, steps, 1.0)
+        },
+        "prompts": list(grid.prompts),
+    }  # fmt: skip
+
+
+def draw(pipeline: Pipeline, grid: Grid, steps: int | None = None, guidance_scale: float | None = None) -> np.ndarray:
+    """One image per prompt and seed of the grid: uint8 (n, H, W, 3). None takes the pipeline's own value."""
+    drawn = []
+    with task("drawing samples", len(grid.pairs)) as advance:
+        for prompt, seed in grid.pairs:
+            drawn.append(pipeline(prompt, seed=seed, steps=steps, guidance_scale=guidance_scale)[0])
+            advance()
+    return np.stack(drawn)
+
+
+def _sampling(pipeline: Pipeline, steps: int | None, guidance_scale: float) -> dict[str, Any]:
+    return {"sampler": pipeline.sampler, "steps": steps or pipeline.steps, "guidance_scale": guidance_scale}
+
+
+def _write_picture(path: Path, samples: np.ndarray) -> None:
+    from PIL import Image
+
+    count, height, width, _ = samples.shape
+    sheet = np.full((-(-count // 10) * height, min(10, count) * width, 3), 255, np.uint8)
+    for index, sample in enumerate(samples):
+        top, left = index // 10 * height, index % 10 * width
+        sheet[top : top + height, left : left + width] = sample
+    Image.fromarray(sheet).save(path)
 
 
 def reconstruct_held_out(pipeline: Pipeline, images: ImageSet) -> dict[str, Any]:
@@ -129,21 +169,18 @@ def reconstruct(pipeline: Pipeline, images: np.ndarray) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def retrieve(pipeline: Pipeline, images: ImageSet, grid: Grid, *, steps: int | None = None) -> dict[str, Any]:
-    """The share of samples whose nearest image of all has the text that was asked for, skin tone aside.
+def retrieve(samples: np.ndarray, images: ImageSet, grid: Grid) -> dict[str, Any]:
+    """The share of samples, uint8 (n, H, W, 3) in the grid's order, whose nearest image of all has the text asked for.
 
-    Distance: LPIPS where its weights are there, else the root mean squared pixel difference; `method` names it.
+    Skin tones do not count. Distance: LPIPS where its weights are there, else the root mean squared pixel difference;
+    `method` says which.
     """
     there = {base_text(text) for text in images.texts}
     absent = [prompt for prompt in grid.prompts if prompt not in there]
+    if set(grid.prompts) == {""}:
+        return {"rate": None, "n": 0, "reason": "the model takes no prompt"}
     if absent:
         return {"rate": None, "n": 0, "reason": f"the data has no image of {absent[0]!r}, so it cannot be retrieved"}
-    drawn = []
-    with task("drawing samples", len(grid.pairs)) as advance:
-        for prompt, seed in grid.pairs:
-            drawn.append(pipeline(prompt, seed=seed, steps=steps)[0])
-            advance()
-    samples = np.stack(drawn)
     lpips = Lpips()
     if lpips.available:
         nearest, distance = lpips.nearest(samples, images.images)
@@ -158,9 +195,6 @@ def retrieve(pipeline: Pipeline, images: ImageSet, grid: Grid, *, steps: int | N
         "rate": sum(row["hit"] for row in rows) / len(rows),
         "hits": sum(row["hit"] for row in rows),
         "n": len(rows),
-        "sampler": pipeline.sampler,
-        "steps": pipeline.steps if steps is None else steps,
-        "guidance_scale": pipeline.guidance_scale,
         "method": f"LPIPS ({lpips.backbone})" if lpips.available else "pixels (root mean squared difference)",
         "weights_sha256": lpips.weights_sha256,
         "reason": lpips.reason,

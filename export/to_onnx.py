@@ -299,7 +299,7 @@ def _bundle_data(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "toolchain": {key.replace("-", "_"): version for key, version in versions.items()},
         "parents": {"reference": digest},
-        "model": {**{key: model[key] for key in kept}, "license": model["license"]},
+        "model": {key: model[key] for key in (*kept, "license", "conditioning", "prompts") if key in model},
         "schedule": model["schedule"],
         "tokenizer": "tokenizer.json",
         "default_variant": name if complete else None,

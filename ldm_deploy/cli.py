@@ -115,14 +115,16 @@ def train(
     threads: Threads = None, quiet: Quiet = False,
 ) -> Result:  # fmt: skip
     """Train a reference: autoencoder, then diffusion."""
+    from ldm_deploy.eval.grid import load_grid
     from ldm_deploy.eval.lpips_distance import Lpips
     from ldm_deploy.eval.reference import measure_reconstruction, score_reference
     from ldm_deploy.training.train import train as run
 
     return run(
-        config, data, out, resume=resume, seed=seed, threads=threads, score=score_reference,
+        config, data, out, resume=resume, seed=seed, threads=threads,
+        score=lambda directory, data, picture: score_reference(directory, data, picture=picture),
         measure=measure_reconstruction, perceptual=lambda backbone: Lpips(backbone).as_loss(),
-        init_from=init_from,
+        init_from=init_from, report_prompts=load_grid().prompts,
     ), 0  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from ldm_deploy.diffusion.schedule import Schedule
 from ldm_deploy.errors import ConfigError
 
 LAYOUTS = ("compact", "sd1")  # see ldm_deploy.models.layers
+CONDITIONINGS = ("captions", "labels", "none")
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class AutoencoderConfig:
     layout: str = "sd1"
     kind: str = "kl"  # or "vq": a codebook instead of a Gaussian
     codebook_size: int = 8192  # of kind "vq"
+    dropout: float = 0.0  # share of each residual block's activations that a training step leaves out
 
     @property
     def channels(self) -> tuple[int, ...]:
@@ -46,6 +48,7 @@ class TextEncoderConfig:
     width: int = 128
     layers: int = 3
     head_channels: int = 32
+    pretrained: str = ""  # directory of a CLIP text model of transformers, used as it is instead of one of our own
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,9 @@ class StageConfig:
     Learning rate: linear warm-up, then a cosine to zero at `steps`; at each step of `restarts` the cosine has reached
     zero and starts again at the full rate. `accumulation`: parts into which a batch is cut, whose gradients are summed
     before the step; `gradient_checkpointing`: compute activations again instead of keeping them (Chen et al. 2016,
-    arXiv:1604.06174). Both save memory, cost time and change no result.
+    arXiv:1604.06174). Both save memory, cost time and change no result. Images have `resolutions[i]` pixels before step
+    `grow_at[i]`, and the configuration's after the last (Karras et al. 2018, arXiv:1710.10196, without their growth of
+    layers).
     """
 
     steps: int
@@ -80,6 +85,28 @@ class StageConfig:
     restarts: tuple[int, ...] = ()
     accumulation: int = 1
     gradient_checkpointing: bool = False
+    resolutions: tuple[int, ...] = ()
+    grow_at: tuple[int, ...] = ()
+
+    def resolution(self, step: int, final: int) -> int:
+        """Height and width in pixels at `step`; `final` after the last growth."""
+        return next((size for size, end in zip(self.resolutions, self.grow_at, strict=True) if step < end), final)
+
+    def check_growth(self, name: str, final: int, multiple: int) -> None:
+        """Raises `ConfigError` in the words of the section `name`; `final` and `multiple` in pixels."""
+        bounds = (0, *self.grow_at, self.steps)
+        if any(later <= earlier for earlier, later in itertools.pairwise(bounds)):
+            raise ConfigError(f"{name}.grow_at is {list(self.grow_at)}; give rising steps between 0 and {self.steps}")
+        if len(self.resolutions) != len(self.grow_at):
+            raise ConfigError(
+                f"{name} has {len(self.resolutions)} resolutions and {len(self.grow_at)} steps in grow_at; "
+                "give each resolution the step at which it ends"
+            )
+        if any(later <= earlier for earlier, later in itertools.pairwise((0, *self.resolutions, final))):
+            raise ConfigError(f"{name}.resolutions is {list(self.resolutions)}; give rising ones below {final}")
+        for size in self.resolutions:
+            if size % multiple:
+                raise ConfigError(f"{name}.resolutions has {size}; each must be a multiple of {multiple}")
 
 
 @dataclass(frozen=True)
@@ -126,9 +153,8 @@ class Config:
     autoencoder_loss: AutoencoderLossConfig = field(default_factory=AutoencoderLossConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     photo_fraction: float = 0.25  # of an autoencoder batch: crops of the free photographs beside the given images
-    lora_rank: int = (
-        0  # of adapters of the U-Net's attention, trained instead of the whole; needs weights to start from
-    )
+    conditioning: str = "captions"  # or "labels": the name of a class; or "none"
+    lora_rank: int = 0  # above 0: train adapters of the U-Net's attention, on given weights, instead of the whole
     caption_dropout: float = 0.1  # Ho and Salimans 2022, arXiv:2207.12598
     autocast_bf16: bool = True
 
@@ -173,6 +199,7 @@ class Config:
                 f"{self.text_encoder.head_channels}; change one of them"
             )
         for where, value, allowed in (
+            ("conditioning", self.conditioning, CONDITIONINGS),
             ("autoencoder.kind", self.autoencoder.kind, ("kl", "vq")),
             ("autoencoder_loss.disc_norm", self.autoencoder_loss.disc_norm, ("group", "batch", "none")),
             (
@@ -199,6 +226,13 @@ class Config:
                 raise ConfigError(f"objective.{name} is {getattr(self.objective, name)}; give 0 (off) or more")
         if self.lora_rank < 0:
             raise ConfigError(f"lora_rank is {self.lora_rank}; give 0 (train the whole) or more")
+        if self.text_encoder.pretrained and self.conditioning != "captions":
+            raise ConfigError(
+                f"text_encoder.pretrained is {self.text_encoder.pretrained!r} and conditioning is "
+                f"{self.conditioning!r}; a pretrained text encoder reads captions: change one of them"
+            )
+        if not 0 <= self.autoencoder.dropout < 1:
+            raise ConfigError(f"autoencoder.dropout is {self.autoencoder.dropout}; allowed: 0 to below 1")
         for name in ("photo_fraction", "caption_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; allowed: 0 to 1")
@@ -214,6 +248,8 @@ class Config:
                 raise ConfigError(
                     f"{stage}.restarts is {list(bounds[1:-1])}; give rising steps between 0 and {bounds[-1]}"
                 )
+        self.autoencoder_training.check_growth("autoencoder_training", self.resolution, self.autoencoder.downsampling)
+        self.diffusion_training.check_growth("diffusion_training", self.resolution, self.size_multiple)
 
     def to_dict(self) -> dict[str, Any]:
         return {"format": 1, **asdict(self)}

@@ -190,20 +190,20 @@ def collect(
     source: str,
     *,
     seed: int = 0,
-    prompts: Sequence[str] = PROMPTS,
+    prompts: Sequence[str] | None = None,
     trajectories: Sequence[tuple[int, bool]] = TRAJECTORIES,
     per_stratum: int = PER_STRATUM,
     decode: bool = True,
 ) -> CalibrationSet:
     """Draw seeded trajectories with an fp32 pipeline and keep a stratified choice of what its engines were fed.
 
-    `source`: digest of the model. Memory: at most per_stratum x 3 x TIMESTEP_BINS U-Net rows and DECODER_SAMPLES
-    latents, whatever `prompts` and `trajectories` are. The same arguments give the same set. `decode` False leaves
-    the decoder out.
+    `source`: digest of the model. `prompts`: None takes what the model's training left for this. Memory: at most
+    per_stratum x 3 x TIMESTEP_BINS U-Net rows and DECODER_SAMPLES latents, whatever `prompts` and `trajectories` are.
+    The same arguments give the same set. `decode` False leaves the decoder out.
     """
     from ldm_deploy.progress import task
 
-    prompts = _fitting(pipeline, prompts)
+    prompts = _fitting(pipeline, prompts or pipeline.model.get("prompts", {}).get("calibration", PROMPTS))
     collector = Collector(pipeline.schedule.num_train_timesteps, seed, per_stratum)
     taps = {"unet": Tap(pipeline.components["unet"], collector.offer_unet)}
     if decode:

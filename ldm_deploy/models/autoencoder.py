@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ldm_deploy.models.layers import (
     Downsample,
     DownsampleAsymmetric,
+    Dropout,
     ResidualBlock,
     SpatialAttention,
     Upsample,
@@ -100,6 +101,7 @@ class Autoencoder(nn.Module):
         layout: str,
         kind: str = "kl",
         codebook_size: int = 8192,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         widths = tuple(ch * factor for factor in ch_mult)
@@ -112,6 +114,9 @@ class Autoencoder(nn.Module):
         self.quantizer = VectorQuantizer(codebook_size, z_channels) if kind == "vq" else nn.Identity()
         self.post_quant_conv = nn.Identity() if compact else nn.Conv2d(z_channels, z_channels, 1)
         self.decoder = Decoder(widths, num_res_blocks, z_channels, norm_groups, layout)
+        for module in self.modules():
+            if isinstance(module, Dropout):
+                module.rate = dropout
 
     def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """image (batch, 3, H, W) in [-1, 1] -> posterior mean and log-variance, each (batch, z, H/f, W/f), unscaled."""

@@ -31,6 +31,27 @@ def zero_initialized(layer: LayerT) -> LayerT:
     return layer
 
 
+class Dropout(nn.Module):
+    """Leaves out the share `rate` of the values while training and scales the others (Srivastava et al. 2014, JMLR 15).
+
+    `rate` is 0 until a network sets it. Where a batch is computed in parts, `part` says which (its rows, and how many
+    the batch has): each part draws the mask of the whole batch and takes its rows, so that the result does not depend
+    on how the batch is cut.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rate = 0.0
+        self.part: tuple[slice, int] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return x
+        rows, count = self.part or (slice(None), len(x))
+        kept = torch.rand(count, *x.shape[1:], device=x.device)[rows] >= self.rate
+        return x * kept / (1 - self.rate)
+
+
 class ResidualBlock(nn.Module):
     """norm - SiLU - conv, twice, plus the input (He et al. 2016, arXiv:1603.05027).
 
@@ -46,6 +67,7 @@ class ResidualBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.embedding = nn.Linear(embedding_channels, out_channels) if embedding_channels else None
         self.norm2 = normalization(out_channels, groups, eps)
+        self.dropout = Dropout()
         self.conv2 = zero_initialized(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
@@ -55,7 +77,7 @@ class ResidualBlock(nn.Module):
             if embedding is None:
                 raise ValueError("this block was built with a timestep embedding and needs one")
             h = h + self.embedding(functional.silu(embedding))[:, :, None, None]
-        h = self.conv2(functional.silu(self.norm2(h)))
+        h = self.conv2(self.dropout(functional.silu(self.norm2(h))))
         return self.shortcut(x) + h
 
 
@@ -63,14 +85,19 @@ class Attention(nn.Module):
     """Multi-head scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762, eq. 1).
 
     Queries (batch, n, channels); keys and values from `context` (batch, m, context_channels), or from the queries' own
-    tensor. Returns (batch, n, channels).
+    tensor. Returns (batch, n, channels). `causal`: no query sees a key after it.
     """
 
     def __init__(
-        self, channels: int, head_channels: int, context_channels: int | None = None, bias: bool = False
+        self,
+        channels: int,
+        head_channels: int,
+        context_channels: int | None = None,
+        bias: bool = False,
+        causal: bool = False,
     ) -> None:
         super().__init__()
-        self.head_channels = head_channels
+        self.head_channels, self.causal = head_channels, causal
         self.to_q = nn.Linear(channels, channels, bias=bias)
         self.to_k = nn.Linear(context_channels or channels, channels, bias=bias)
         self.to_v = nn.Linear(context_channels or channels, channels, bias=bias)
@@ -83,7 +110,7 @@ class Attention(nn.Module):
             return tokens.unflatten(-1, (-1, self.head_channels)).transpose(1, 2)
 
         q, k, v = heads(self.to_q(x)), heads(self.to_k(context)), heads(self.to_v(context))
-        attended = functional.scaled_dot_product_attention(q, k, v)
+        attended = functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return self.to_out(attended.transpose(1, 2).flatten(2))
 
 

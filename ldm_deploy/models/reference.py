@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from ldm_deploy.config import Config
     from ldm_deploy.models.autoencoder import Autoencoder
+    from ldm_deploy.models.clip import ClipTextEncoder
     from ldm_deploy.models.text_encoder import TextEncoder
     from ldm_deploy.models.unet import UNet
 
@@ -33,7 +34,7 @@ class Reference:
     directory: Path
     model: dict[str, Any]
     autoencoder: Autoencoder
-    text_encoder: TextEncoder
+    text_encoder: TextEncoder | ClipTextEncoder
     unet: UNet
 
     @property
@@ -85,12 +86,15 @@ def reference_digest(path: Path) -> str:
 def build_modules(model: Mapping[str, Any]) -> dict[str, nn.Module]:
     """Untrained modules from the architecture recorded in model.json."""
     from ldm_deploy.models.autoencoder import Autoencoder
+    from ldm_deploy.models.clip import ClipTextEncoder
     from ldm_deploy.models.text_encoder import TextEncoder
     from ldm_deploy.models.unet import UNet
 
+    kinds: dict[str, Callable[..., nn.Module]] = {"own": TextEncoder, "clip": ClipTextEncoder}
+    text_encoder = dict(model["text_encoder"])
     return {
         "autoencoder": Autoencoder(**model["autoencoder"]),
-        "text_encoder": TextEncoder(**model["text_encoder"]),
+        "text_encoder": kinds[text_encoder.pop("kind", "own")](**text_encoder),
         "unet": UNet(**model["unet"]),
     }
 
@@ -126,9 +130,12 @@ def load_reference(source: str | Path) -> Reference:
     return Reference(path, model, **modules)  # type: ignore[arg-type]
 
 
-def describe(config: Config, scale_factor: float, vocab_size: int) -> dict[str, Any]:
-    """The content of model.json."""
-    autoencoder, unet, text = config.autoencoder, config.unet, config.text_encoder
+def describe(
+    config: Config, scale_factor: float, text_encoder: Mapping[str, Any], prompts: Mapping[str, Sequence[str]]
+) -> dict[str, Any]:
+    """The content of model.json. `text_encoder`: its kind and arguments; `prompts`: see `training/prompts.py`."""
+    autoencoder, unet = config.autoencoder, config.unet
+    guidance_scale = 1.0 if config.conditioning == "none" else 5.0  # without a condition there is none to follow
     return {
         "format": FORMAT,
         "kind": "latent-diffusion",
@@ -139,18 +146,18 @@ def describe(config: Config, scale_factor: float, vocab_size: int) -> dict[str, 
         "scale_factor": scale_factor,
         "default_size": [config.resolution, config.resolution],
         "size_multiple": config.size_multiple,
-        "context_length": text.context_length,
+        "context_length": text_encoder["context_length"],
+        "conditioning": config.conditioning,
+        "prompts": dict(prompts),
         "autoencoder": asdict(autoencoder),
-        "text_encoder": {**asdict(text), "vocab_size": vocab_size},
-        "unet": {**asdict(unet), "in_channels": autoencoder.z_channels, "context_channels": text.width},
+        "text_encoder": dict(text_encoder),
+        "unet": {**asdict(unet), "in_channels": autoencoder.z_channels, "context_channels": text_encoder["width"]},
         "schedule": config.schedule.to_dict(),
-        "sampling": {"sampler": "ddim", "steps": 50, "guidance_scale": 5.0},
+        "sampling": {"sampler": "ddim", "steps": 50, "guidance_scale": guidance_scale},
     }
 
 
-def save_reference(
-    path: Path, config: Config, scale_factor: float, vocab_size: int, weights: Mapping[str, Mapping[str, Tensor]]
-) -> None:
+def save_reference(path: Path, model: Mapping[str, Any], weights: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Write model.json and the weights, rounded to fp16, into the existing directory `path`.
 
     The rounded model, computed in fp32, is the reference. The tokenizer is written by the caller.
@@ -161,4 +168,4 @@ def save_reference(
     for name in WEIGHTS:
         halves = {key: value.detach().to(torch.float16).contiguous() for key, value in weights[name].items()}
         atomic_write_bytes(path / f"{name}.safetensors", save(halves))
-    atomic_write_json(path / "model.json", describe(config, scale_factor, vocab_size))
+    atomic_write_json(path / "model.json", dict(model))

@@ -32,6 +32,11 @@ class Tokenizer:
                 encoding = self._tokenizer.encode(prompt)
             except (TypeError, UnicodeError):
                 raise PromptError(f"prompt {_shortened(prompt)} is no text that can be encoded; give text") from None
+            except Exception as error:  # tokenizers raises bare Exception: a class that a labelled model does not have
+                raise PromptError(
+                    f"prompt {_shortened(prompt)} is none of the classes the model was trained on ({error}); "
+                    "give one of the names in the tokenizer's vocabulary, or an empty prompt"
+                ) from None
             tokens = sum(encoding.attention_mask)
             if tokens > self.context_length:
                 special = sum(encoding.special_tokens_mask[:tokens])

@@ -15,8 +15,9 @@ from ldm_deploy.config import Config
 from ldm_deploy.errors import TrainingError
 from ldm_deploy.models.autoencoder import Autoencoder
 from ldm_deploy.models.discriminator import PatchDiscriminator
+from ldm_deploy.models.layers import Dropout
 from ldm_deploy.models.vq import VectorQuantizer
-from ldm_deploy.training.data import ImageSet, photographs, random_crop
+from ldm_deploy.training.data import ImageSet, photographs, random_crop, resize
 from ldm_deploy.training.loop import Adversary, Preview, rng, run_stage
 from ldm_deploy.training.losses import (
     Perceptual,
@@ -74,9 +75,10 @@ def train_autoencoder(
     sources = list(photographs().values()) if crops else []
 
     def batch(step: int) -> np.ndarray:
+        size = stage.resolution(step, config.resolution)
         draw = rng(config.seed, "autoencoder", step)
-        images = data.images[draw.integers(len(data.images), size=stage.batch_size - crops)]
-        cut = [random_crop(sources[draw.integers(len(sources))], config.resolution, draw) for _ in range(crops)]
+        images = resize(data.images[draw.integers(len(data.images), size=stage.batch_size - crops)], size)
+        cut = [random_crop(sources[draw.integers(len(sources))], size, draw) for _ in range(crops)]
         images = np.concatenate([images, np.stack(cut)]) if cut else images
         flipped = draw.random(len(images)) < 0.5
         return np.where(flipped[:, None, None, None], images[:, :, ::-1], images)
@@ -88,9 +90,15 @@ def train_autoencoder(
     team = processes()
     used: list[tuple[slice, Tensor, Tensor]] = []  # rows, latents, codes of this step, for the codebook's statistics
 
+    dropouts = [module for module in model.modules() if isinstance(module, Dropout) and module.rate]
+
     def reconstruct(step: int, rows: slice) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         """(image, reconstruction, regulariser to add to the loss, what to log of it)."""
         image = to_tensor(batch(step)[rows])
+        if dropouts:
+            torch.manual_seed(int(rng(config.seed, "dropout", step).integers(2**62)))
+            for dropout in dropouts:
+                dropout.part = rows, stage.batch_size
         sides = (side // config.autoencoder.downsampling for side in image.shape[-2:])
         shape = (stage.batch_size, config.autoencoder.z_channels, *sides)
         noise = torch.from_numpy(rng(config.seed, "posterior", step).standard_normal(shape, dtype=np.float32)[rows])

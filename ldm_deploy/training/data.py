@@ -69,11 +69,13 @@ def is_held_out(file_name: str) -> bool:
     return int(hashlib.sha256(base_name(file_name).encode()).hexdigest(), 16) % HELD_OUT_SHARE == 0
 
 
-def load_images(source: str | Path, size: int) -> ImageSet:
-    """Read every captioned image, composited over white and box-resized to `size` x `size`.
+def load_images(source: str | Path, size: int, conditioning: str = "captions") -> ImageSet:
+    """Read every image, composited over white and box-resized to `size` x `size`.
 
     `source`: a folder or a zip that holds `metadata.csv` or `metadata.jsonl` with columns `file_name` and `text` (the
-    layout of image-folder loaders), or "photos". Raises `DataError` naming the first file that is missing or damaged.
+    layout of image-folder loaders), or "photos". `texts` are what a model is conditioned on: the column `text` for
+    "captions", `label` (`text` where there is none) for "labels", empty for "none". Raises `DataError` naming the
+    first file that is missing or damaged.
     """
     if str(source) == "photos":
         return photograph_crops(size, count=512, seed=0)
@@ -83,9 +85,14 @@ def load_images(source: str | Path, size: int) -> ImageSet:
     digest = hashlib.sha256()
     images, texts, names, skin_tone = [], [], [], []
     for row, content in _rows(path):
-        name, text = row.get("file_name"), row.get("text")
+        name, text = row.get("file_name"), _condition(row, conditioning)
         if not name or text is None:
             raise DataError(f"data {path}: a metadata row has no file_name or no text: {row}; each image needs both")
+        if conditioning != "none" and not str(text).strip():
+            raise DataError(
+                f"data {path}: the text of {name} is empty; give it a caption, or train with conditioning = 'none'"
+            )
+        text = str(text)
         images.append(_decode(content, size, f"{path}: {name}"))
         texts.append(text)
         names.append(name)
@@ -131,6 +138,16 @@ def random_crop(photograph: np.ndarray, size: int, rng: np.random.Generator) -> 
     return np.asarray(crop.resize((size, size), Image.Resampling.BOX))
 
 
+def resize(images: np.ndarray, size: int) -> np.ndarray:
+    """Box-resize to smaller squares: uint8 (n, H, W, 3) -> uint8 (n, size, size, 3)."""
+    from PIL import Image
+
+    if images.shape[1:3] == (size, size):
+        return images
+    box = Image.Resampling.BOX
+    return np.stack([np.asarray(Image.fromarray(image).resize((size, size), box)) for image in images])
+
+
 def photograph_crops(size: int, count: int, seed: int) -> ImageSet:
     """`count` seeded crops of the photographs as a data set; none is held out (scikit-learn's photographs are)."""
     rng = np.random.default_rng(seed)
@@ -140,6 +157,13 @@ def photograph_crops(size: int, count: int, seed: int) -> ImageSet:
     digest = hashlib.sha256(images.tobytes()).hexdigest()
     nothing = np.zeros(count, dtype=bool)
     return ImageSet(images, [PHOTOGRAPHS[name] for name in names], names, nothing, nothing.copy(), f"sha256:{digest}")
+
+
+def _condition(row: dict[str, Any], conditioning: str) -> Any:
+    if conditioning == "none":
+        return ""
+    label = row.get("label") if conditioning == "labels" else None
+    return row.get("text") if label in (None, "") else label
 
 
 def _read_rgb(path: Path) -> np.ndarray:
@@ -154,6 +178,10 @@ def _decode(content: bytes, size: int, where: str) -> np.ndarray:
 
     try:
         with Image.open(io.BytesIO(content)) as image:
+            if image.mode.startswith(("I", "F")):  # converting them to 8 bits would clip, not scale
+                raise DataError(
+                    f"image {where} has mode {image.mode!r}, more than 8 bits per channel; save it with 8 bits"
+                )
             rgba = image.convert("RGBA")
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
         raise DataError(f"image {where} does not open ({error}); repair it or remove it from the metadata") from None

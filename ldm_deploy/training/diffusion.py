@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,23 +14,19 @@ from ldm_deploy.config import Config
 from ldm_deploy.diffusion.objective import min_snr_weights, offset_noise, sample_timesteps
 from ldm_deploy.errors import TrainingError
 from ldm_deploy.models.autoencoder import Autoencoder
-from ldm_deploy.models.reference import Reference
-from ldm_deploy.models.text_encoder import TextEncoder
-from ldm_deploy.models.unet import UNet
+from ldm_deploy.models.reference import Reference, build_modules
 from ldm_deploy.training.autoencoder import to_tensor
 from ldm_deploy.training.loop import Preview, rng, run_stage
 from ldm_deploy.training.lora import add_lora
 
 
 class Denoiser(nn.Module):
-    """Text encoder and U-Net, trained together."""
+    """Text encoder and U-Net, trained together; untrained modules as model.json describes them."""
 
-    def __init__(self, config: Config, vocab_size: int) -> None:
+    def __init__(self, model: Mapping[str, Any]) -> None:
         super().__init__()
-        self.text_encoder = TextEncoder(**{**asdict(config.text_encoder), "vocab_size": vocab_size})
-        self.unet = UNet(
-            in_channels=config.autoencoder.z_channels, context_channels=config.text_encoder.width, **asdict(config.unet)
-        )
+        modules = build_modules(model)
+        self.text_encoder, self.unet = modules["text_encoder"], modules["unet"]
 
     def forward(self, sample: Tensor, timestep: Tensor, input_ids: Tensor) -> Tensor:
         return self.unet(sample, timestep, self.text_encoder(input_ids))
@@ -53,37 +49,42 @@ def latent_scale(mean: Tensor, std: Tensor) -> float:
 
 def train_denoiser(
     config: Config,
-    latents: tuple[Tensor, Tensor],
-    scale: float,
+    described: Mapping[str, Any],
+    latents: Callable[[int], tuple[Tensor, Tensor]],
     input_ids: np.ndarray,
     empty_ids: Sequence[int],
-    vocab_size: int,
     directory: Path,
     fingerprint: str,
     *,
     resume: bool,
     preview: Preview | None = None,
     initial: Reference | None = None,
+    frozen: nn.Module | None = None,
 ) -> Denoiser:
-    """Train on `latents`, posterior means and standard deviations (n, z, h, w), and captions int64 (n, sequence).
+    """Train on captions int64 (n, sequence) and `latents`, posterior means and standard deviations (n, z, h, w) of the
+    images at a height and width in pixels.
 
     Mean squared error of the schedule's kind of prediction: noise (Ho et al. 2020, arXiv:2006.11239, eq. 14), image, or
     v (Salimans and Ho 2022, arXiv:2202.00512, appendix D), at timesteps and with weights as `config.objective` says.
-    `scale`: the latents' scale factor. `initial`: a reference to go on from; with `config.lora_rank` only adapters of
-    its U-Net's attention learn. Returns the averaged model. Raises `TrainingError` if its weights do not fit.
+    `described`: the content of model.json. `initial`: a reference to go on from; with `config.lora_rank` only adapters
+    of its U-Net's attention learn. `frozen`: a text encoder that does not learn. Returns the averaged model. Raises
+    `TrainingError` if the weights of `initial` do not fit.
     """
     stage = config.diffusion_training
-    mean, std = latents
+    scale = described["scale_factor"]
     ids, empty = torch.from_numpy(input_ids), torch.tensor(list(empty_ids))
     alphas_cumprod = torch.from_numpy(config.schedule.alphas_cumprod).float()
     kind = config.schedule.prediction_type
     torch.manual_seed(config.seed + 1)
-    model = Denoiser(config, vocab_size).to(memory_format=torch.channels_last)
+    model = Denoiser(described).to(memory_format=torch.channels_last)
     if initial is not None:
         _start_from(model, initial)
     if config.lora_rank:
         model.requires_grad_(False)
         add_lora(model.unet, config.lora_rank)
+    if frozen is not None:
+        model.text_encoder.load_state_dict(frozen.state_dict())
+        model.text_encoder.requires_grad_(False)
 
     total = config.schedule.num_train_timesteps
     weights = torch.ones(total)
@@ -93,6 +94,7 @@ def train_denoiser(
         ).float()
 
     def loss(step: int, part: slice) -> tuple[Tensor, Mapping[str, float]]:
+        mean, std = latents(stage.resolution(step, config.resolution))
         draw = rng(config.seed, "diffusion", step)
         rows = torch.from_numpy(draw.integers(len(mean), size=stage.batch_size))[part]
         timestep = torch.from_numpy(

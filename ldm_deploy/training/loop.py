@@ -82,7 +82,7 @@ def run_stage(
     `fingerprint` identifies configuration and data: a checkpoint of another one is refused. Of several processes each
     computes its rows of the batch, and the first one writes. `after_step` is called when the parameters have moved, and
     returns numbers to log. Raises `TrainingError` on a checkpoint that must not be
-    overwritten and on a loss that is not finite (the last checkpoint is kept and named).
+    overwritten and on a loss or gradient that is not finite (the last checkpoint is kept and named).
     """
     directory.mkdir(parents=True, exist_ok=True)
     checkpoint = directory / f"{name}.safetensors"
@@ -119,13 +119,15 @@ def run_stage(
                 group["lr"] = rate
             optimizer.zero_grad(set_to_none=True)
             numbers = _gradients(module, loss_function, step, config, team)
-            if not math.isfinite(numbers["loss"]):
-                kept = f"the last good state is {checkpoint}" if checkpoint.exists() else "there is no checkpoint yet"
-                raise TrainingError(
-                    f"{name}: the loss is {numbers['loss']} at step {step}; {kept}. "
-                    "Lower learning_rate or set autocast_bf16 = false, then resume"
-                )
-            norm = nn.utils.clip_grad_norm_(module.parameters(), config.clip_norm)
+            norm = nn.utils.clip_grad_norm_(module.parameters(), config.clip_norm).item()
+            for what, value in (("loss", numbers["loss"]), ("gradient norm", norm)):
+                if not math.isfinite(value):
+                    there = checkpoint.exists()
+                    kept = f"the last good state is {checkpoint}" if there else "there is no checkpoint yet"
+                    raise TrainingError(
+                        f"{name}: the {what} is {value} at step {step}; {kept}. "
+                        "Lower learning_rate or set autocast_bf16 = false, then resume"
+                    )
             optimizer.step()
             numbers |= after_step(step)
             if adversary is not None and step >= adversary.start:
@@ -141,7 +143,7 @@ def run_stage(
                     with ema.applied(module):
                         figures = preview(module, done)
                 if step % 20 == 0 or done == config.steps or figures:
-                    log.write({"step": step, **numbers, **figures, "gradient_norm": norm.item(),
+                    log.write({"step": step, **numbers, **figures, "gradient_norm": norm,
                                "learning_rate": rate, "seconds": round(time.monotonic() - began, 1)})  # fmt: skip
                 if done % config.checkpoint_every == 0 or done == config.steps:
                     _save(checkpoint, fingerprint, done, trained, ema)

@@ -5,14 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+CONDITIONED_ON = {
+    "captions": ("a text-conditioned", " from a caption"),
+    "labels": ("a class-conditional", " from the name of a class"),
+    "none": ("an unconditional", ""),
+}
 
-def model_card(record: Mapping[str, Any]) -> str:
-    """Markdown from training.json's content; `figures` may be absent (not measured)."""
+
+def model_card(record: Mapping[str, Any], picture: str | None = None) -> str:
+    """Markdown from training.json's content; `figures` may be absent (not measured). `picture`: the samples' file."""
     config, data = record["config"], record["data"]
+    kind, given = CONDITIONED_ON[config.get("conditioning", "captions")]
     lines = [
-        f"# {config['name']}: a text-conditioned latent diffusion model",
+        f"# {config['name']}: {kind} latent diffusion model",
         "",
-        f"Images of {config['resolution']}x{config['resolution']} pixels from a caption. Weights are rounded to fp16; "
+        f"Images of {config['resolution']}x{config['resolution']} pixels{given}. Weights are rounded to fp16; "
         "the rounded model, computed in fp32, is the reference that engines are compared with. Licence: Apache-2.0.",
         "",
         "## Made by",
@@ -46,7 +53,13 @@ def model_card(record: Mapping[str, Any]) -> str:
     else:
         lines += ["| figure | value | how |", "|---|---|---|"]
         lines += [f"| {name} | {value} | {how} |" for name, value, how in _rows(figures)]
+        if picture is not None:
+            lines += ["", "## Samples", "", f"![samples]({picture})", "", f"Seed 0, row by row: {_listed(figures)}."]
     return "\n".join(lines) + "\n"
+
+
+def _listed(figures: Mapping[str, Any]) -> str:
+    return ", ".join(prompt or "no prompt" for prompt in figures["prompts"])
 
 
 def _origin(start: Mapping[str, Any], rank: int) -> tuple[str, ...]:
@@ -66,16 +79,20 @@ def _rows(figures: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     for name, photograph in figures["photographs"].items():
         how = photograph["reason"] or f"{photograph['size']} pixels, never trained on"
         rows.append((f"photograph {name}, PSNR", _shown(photograph["psnr_db"], " dB"), how))
-    if retrieval["rate"] is None:
-        rows.append(("retrieval", "not measured", retrieval["reason"]))
-    else:
-        how = (
-            f"{retrieval['hits']} of {retrieval['n']} samples are nearest, of {retrieval['gallery']} images by "
-            f"{retrieval['method']}, to one with the caption asked for; {retrieval['sampler']}, "
-            f"{retrieval['steps']} steps, guidance {retrieval['guidance_scale']:g}"
-        )
-        rows.append(("retrieval", f"{retrieval['rate']:.1%}", how))
+    rows.append(("retrieval", *_retrieval(retrieval)))
+    if figures.get("retrieval_without_guidance"):
+        rows.append(("retrieval without guidance", *_retrieval(figures["retrieval_without_guidance"])))
     return rows
+
+
+def _retrieval(found: Mapping[str, Any]) -> tuple[str, str]:
+    if found["rate"] is None:
+        return "not measured", found["reason"]
+    return f"{found['rate']:.1%}", (
+        f"{found['hits']} of {found['n']} samples are nearest, of {found['gallery']} images by {found['method']}, to "
+        f"one with the caption asked for; {found['sampler']}, {found['steps']} steps, guidance "
+        f"{found['guidance_scale']:g}"
+    )
 
 
 def _shown(value: float | None, unit: str = "") -> str:

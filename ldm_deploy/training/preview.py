@@ -21,7 +21,6 @@ from ldm_deploy.training.autoencoder import to_images, to_tensor
 from ldm_deploy.training.loop import Measure, Preview
 
 STEPS = 20
-GUIDANCE_SCALE = 5.0
 
 
 def reconstructions(held_out: np.ndarray, directory: Path, measure: Measure | None) -> Preview:
@@ -53,7 +52,7 @@ def samples(
             "vae_decoder": VaeDecoder(autoencoder),
         }
         engines = {name: TorchEngine(name, module) for name, module in modules.items()}
-        defaults = {"sampler": "ddim", "steps": STEPS, "guidance_scale": GUIDANCE_SCALE}
+        defaults = {"sampler": "ddim", "steps": STEPS, "guidance_scale": model["sampling"]["guidance_scale"]}
         words = Tokenizer(tokenizer, model["context_length"])
         pipeline = Pipeline(engines, words, model, Schedule.from_dict(model["schedule"]), defaults)
         images = pipeline(list(prompts), seed=0)

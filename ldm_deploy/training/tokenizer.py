@@ -9,6 +9,20 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 SPECIAL_TOKENS = ("<pad>", "<start>", "<end>")
+UNCONDITIONAL = "<none>"
+
+
+def label_tokenizer(labels: Sequence[str]) -> Tokenizer:
+    """One token per class, its whole name; the empty text is token 0, "no class". Without labels there is only that.
+
+    A name that is no class does not encode.
+    """
+    from tokenizers import Tokenizer, models
+
+    names = sorted(set(labels) - {"", UNCONDITIONAL})
+    tokenizer = Tokenizer(models.WordLevel({UNCONDITIONAL: 0, **{name: 1 + at for at, name in enumerate(names)}}))
+    tokenizer.enable_padding(length=1, pad_id=0, pad_token=UNCONDITIONAL)
+    return tokenizer
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int, context_length: int) -> Tokenizer:

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from ldm_deploy.artifact import atomic_write_bytes, content_key, staged_directory, write_manifest
+from ldm_deploy.artifact import atomic_write_bytes, content_key, file_digest, staged_directory, write_manifest
 from ldm_deploy.config import AutoencoderConfig, Config, StageConfig, load_config
 from ldm_deploy.errors import ConfigError, DataError, TrainingError
-from ldm_deploy.training.data import ImageSet, load_images
+from ldm_deploy.training.data import ImageSet, load_images, resize
 from ldm_deploy.training.model_card import model_card
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ldm_deploy.training.loop import Measure
     from ldm_deploy.training.losses import Perceptual
 
 HELD_OUT_SHOWN = 32  # held-out images that a preview measures
 PROMPTS_SHOWN = 16
-# reference directory, data source -> figures for the model card
-Score = Callable[[Path, str | Path], Mapping[str, Any]]
+PICTURE = "samples.png"
+# reference directory, data source, PNG of samples to write -> figures for the model card
+Score = Callable[[Path, str | Path, Path], Mapping[str, Any]]
 
 
 def train(
@@ -39,25 +41,27 @@ def train(
     measure: Measure | None = None,
     perceptual: Callable[[str], Perceptual | None] = lambda backbone: None,
     init_from: str | Path | None = None,
+    report_prompts: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Train a reference and write it to `out`; checkpoints, logs and previews lie beside it in `<out>.training/`.
 
     Skin-tone variants and held-out images are not trained on. `measure` gives the figures of held-out images in
     previews, `score` those of the model card; `perceptual` makes the perceptual distance of a backbone, if that is to
     be had. `init_from`: a reference whose autoencoder, scale factor and tokenizer are kept and whose text encoder and
-    U-Net are trained further, or only given adapters (`lora_rank`), which are merged. Of several processes the first
+    U-Net are trained further, or only given adapters (`lora_rank`), which are merged. `report_prompts`: what reports of
+    this model draw, if the data has them; else captions of the data. Of several processes the first
     one writes. Raises `TrainingError` if `out` exists.
     """
     import torch
-    from tokenizers import Tokenizer
 
+    from ldm_deploy.models.clip import WEIGHTS_FILE
     from ldm_deploy.models.reference import describe, load_reference, reference_digest, save_reference
     from ldm_deploy.training.autoencoder import train_autoencoder
+    from ldm_deploy.training.conditioning import choose_prompts, conditioning
     from ldm_deploy.training.diffusion import encode_images, latent_scale, train_denoiser
     from ldm_deploy.training.lora import merged_state
     from ldm_deploy.training.preview import reconstructions, samples
     from ldm_deploy.training.processes import processes
-    from ldm_deploy.training.tokenizer import train_tokenizer
 
     resolved = config if isinstance(config, Config) else load_config(config)
     if seed is not None:
@@ -71,9 +75,11 @@ def train(
         raise TrainingError(f"{out} exists; remove it or give another --out")
     if threads is not None:
         torch.set_num_threads(threads)
-    images = load_images(data, resolved.resolution)
+    images = load_images(data, resolved.resolution, resolved.conditioning)
     chosen = images.select(~images.held_out & ~images.skin_tone)
-    smallest = max(resolved.autoencoder_training.batch_size, resolved.diffusion_training.batch_size)
+    smallest = resolved.diffusion_training.batch_size
+    if init_from is None:
+        smallest = max(smallest, resolved.autoencoder_training.batch_size)
     if len(chosen.texts) < smallest:
         raise DataError(
             f"data {str(data)!r} has {len(chosen.texts)} images to train on, fewer than one batch ({smallest}); "
@@ -97,27 +103,31 @@ def train(
     for parameter in autoencoder.parameters():
         parameter.data = parameter.data.half().float()
 
-    length = resolved.text_encoder.context_length
-    if initial is not None:
-        tokenizer = Tokenizer.from_file(str(initial.tokenizer_path))
-    else:
-        tokenizer = train_tokenizer(chosen.texts, resolved.text_encoder.vocab_size, length)
-    tokenizer.enable_truncation(length)
-    input_ids = np.array([encoding.ids for encoding in tokenizer.encode_batch(chosen.texts)], dtype=np.int64)
-    tokenizer.no_truncation()
-    latents = encode_images(autoencoder, chosen.images)
-    scale_factor = latent_scale(*latents) if initial is None else initial.model["scale_factor"]
+    condition = conditioning(resolved, chosen.texts, initial)
+    tokenizer = condition.tokenizer
+
+    @functools.cache
+    def latents(size: int) -> tuple[Tensor, Tensor]:
+        return encode_images(autoencoder, resize(chosen.images, size))
+
+    if initial is None:
+        scale_factor = latent_scale(*latents(resolved.resolution))
+    else:  # the U-Net to go on with knows its own scale
+        scale_factor = initial.model["scale_factor"]
+    model = describe(resolved, scale_factor, condition.text_encoder, choose_prompts(chosen.texts, report_prompts))
     key = {"training": _diffusion_key(resolved, images)}
     if initial is not None:
         key["init_from"] = reference_digest(initial.directory)
+    if resolved.text_encoder.pretrained:
+        key["text_encoder"] = file_digest(Path(resolved.text_encoder.pretrained) / WEIGHTS_FILE)
     team = processes()
     if team.first:
         atomic_write_bytes(directory / "tokenizer.json", tokenizer.to_str().encode())
     denoiser = train_denoiser(
-        resolved, latents, scale_factor, input_ids, tokenizer.encode("").ids, tokenizer.get_vocab_size(),
-        directory, content_key(key), resume=resume, initial=initial,
+        resolved, model, latents, condition.encode(chosen.texts), tokenizer.encode("").ids,
+        directory, content_key(key), resume=resume, initial=initial, frozen=condition.frozen,
         preview=samples(
-            describe(resolved, scale_factor, tokenizer.get_vocab_size()), autoencoder, directory / "tokenizer.json",
+            model, autoencoder, directory / "tokenizer.json",
             chosen.texts[:: max(1, len(chosen.texts) // PROMPTS_SHOWN)][:PROMPTS_SHOWN], previews,
         ),
     )  # fmt: skip
@@ -146,12 +156,14 @@ def train(
         team.wait()
         return record
     with staged_directory(out) as staging:
-        save_reference(staging, resolved, scale_factor, tokenizer.get_vocab_size(), weights)
+        save_reference(staging, model, weights)
         tokenizer.save(str(staging / "tokenizer.json"))
         if score is not None:
-            record["figures"] = dict(score(staging, data))
+            record["figures"] = dict(score(staging, data, staging / PICTURE))
         (staging / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        (staging / "README.md").write_text(model_card(record), encoding="utf-8")
+        (staging / "README.md").write_text(
+            model_card(record, PICTURE if (staging / PICTURE).exists() else None), encoding="utf-8"
+        )
         write_manifest(staging, "reference", content_key(record), {"data": images.digest})
     team.wait()
     return record
@@ -208,4 +220,4 @@ def _summary(log: Path) -> dict[str, Any]:
         if following is None or following["seconds"] < line["seconds"]
     )
     tail = [line["loss"] for line in lines[-10:]]
-    return {"steps": lines[-1]["step"] + 1, "minutes": round(seconds / 60, 1), "final_loss": float(np.mean(tail))}
+    return {"steps": lines[-1]["step"] + 1, "minutes": round(seconds / 60, 1), "final_loss": sum(tail) / len(tail)}

@@ -7,10 +7,11 @@ import pytest
 
 from ldm_deploy.errors import DataError
 from ldm_deploy.eval import reference
-from ldm_deploy.eval.grid import Grid
+from ldm_deploy.eval.grid import Grid, load_grid, retrieval_grid
 from ldm_deploy.eval.lpips_distance import Lpips
 from ldm_deploy.eval.reference import (
     base_text,
+    draw,
     nearest_by_pixels,
     psnr_db_inside,
     reconstruct_held_out,
@@ -48,7 +49,7 @@ class Pipeline:
         change = np.where((latent == 255).all(-1, keepdims=True), 0, np.where(latent < 128, self.error, -self.error))
         return (latent + change).astype(np.uint8)
 
-    def __call__(self, prompt: str, seed: int = 0, steps: int | None = None) -> np.ndarray:
+    def __call__(self, prompt: str, *, seed: int, steps: int | None, guidance_scale: float | None) -> np.ndarray:
         index = self.images.texts.index(prompt)
         image = self.images.images[index + 1 if prompt in self.wrong else index]
         return np.clip(image.astype(int) + seed, 0, 255).astype(np.uint8)[None]
@@ -108,7 +109,7 @@ def test_retrieval_counts_samples_that_are_what_was_asked_for(monkeypatch: pytes
     monkeypatch.setattr(reference, "Lpips", lambda: lpips)
     images = image_set()
     grid = Grid(("thing 7", "thing 9", "thing 20"), (0, 1))
-    found = retrieve(Pipeline(images, wrong=("thing 9",)), images, grid)  # type: ignore[arg-type]
+    found = retrieve(draw(Pipeline(images, wrong=("thing 9",)), grid), images, grid)  # type: ignore[arg-type]
     assert found["method"].startswith(method)
     assert [row["nearest"] for row in found["samples"]] == [
         "thing 7", "thing 7", "thing 10", "thing 10", "thing 20", "thing 20",
@@ -120,9 +121,17 @@ def test_retrieval_counts_samples_that_are_what_was_asked_for(monkeypatch: pytes
 
 def test_prompts_that_the_data_does_not_have_cannot_be_retrieved() -> None:
     images = image_set()
-    found = retrieve(Pipeline(images), images, Grid(("thing 1", "unicorn"), (0,)))  # type: ignore[arg-type]
+    found = retrieve(images.images[:2], images, Grid(("thing 1", "unicorn"), (0,)))
     assert found["rate"] is None
     assert "no image of 'unicorn'" in found["reason"]
+    assert retrieve(images.images[:2], images, Grid(("",), (0, 1)))["reason"] == "the model takes no prompt"
+
+
+def test_shipped_prompts_of_retrieval_begin_with_those_of_the_reports() -> None:
+    grid, report = retrieval_grid(), load_grid()
+    assert len(set(grid.prompts)) == len(grid.prompts) == 50
+    assert grid.prompts[:24] == report.prompts
+    assert grid.seeds == report.seeds == (0, 1)
 
 
 @pytest.mark.parametrize(

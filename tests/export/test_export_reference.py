@@ -15,7 +15,14 @@ from ldm_deploy.errors import ConfigError, ParityError, StageMissingError
 from ldm_deploy.eval.parity import compare_outputs, read_probes
 from ldm_deploy.export import to_onnx
 from ldm_deploy.export.to_onnx import export_module, export_reference
-from ldm_deploy.models.reference import build_modules, load_reference, read_model, reference_digest, save_reference
+from ldm_deploy.models.reference import (
+    build_modules,
+    describe,
+    load_reference,
+    read_model,
+    reference_digest,
+    save_reference,
+)
 from ldm_deploy.models.torch_engine import torch_pipeline
 from ldm_deploy.runtime.bundle import Bundle, verify_bundle
 from ldm_deploy.runtime.engines import OnnxRuntimeEngine
@@ -37,13 +44,15 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_tokenizer(directory / "tokenizer.json")
     torch.manual_seed(0)
     placeholder: dict[str, dict[str, torch.Tensor]] = {"autoencoder": {}, "text_encoder": {}, "unet": {}}
-    save_reference(directory, config, 0.7, VOCABULARY, placeholder)
+    text_encoder = {"vocab_size": VOCABULARY, "context_length": CONTEXT_LENGTH, "width": 32, "layers": 1}
+    model = describe(config, 0.7, {**text_encoder, "head_channels": 16}, {"report": ["one"], "calibration": ["two"]})
+    save_reference(directory, model, placeholder)
     modules = build_modules(read_model(directory))
     for module in modules.values():
         for parameter in module.parameters():
             if parameter.ndim > 1 and not parameter.any():
                 nn.init.normal_(parameter, std=0.1)
-    save_reference(directory, config, 0.7, VOCABULARY, {name: module.state_dict() for name, module in modules.items()})
+    save_reference(directory, model, {name: module.state_dict() for name, module in modules.items()})
     return directory
 
 

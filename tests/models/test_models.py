@@ -13,6 +13,7 @@ from ldm_deploy.config import PRESETS
 from ldm_deploy.errors import ArtifactError, StageMissingError
 from ldm_deploy.models.autoencoder import LOGVAR_RANGE, Autoencoder
 from ldm_deploy.models.reference import (
+    describe,
     load_reference,
     read_model,
     reference_digest,
@@ -109,14 +110,16 @@ def saved(tmp_path):
     """A reference directory with random weights, and the state it was written from."""
     config = PRESETS["tiny"]
     torch.manual_seed(0)
-    denoiser = Denoiser(config, vocab_size=300)
+    text_encoder = {"vocab_size": 300, "context_length": 16, "width": 32, "layers": 1, "head_channels": 16}
+    model = describe(config, 0.7, text_encoder, {})
+    denoiser = Denoiser(model)
     autoencoder = Autoencoder(**asdict(config.autoencoder))
     weights = {
         "autoencoder": autoencoder.state_dict(),
         "text_encoder": denoiser.text_encoder.state_dict(),
         "unet": denoiser.unet.state_dict(),
     }
-    save_reference(tmp_path, config, 0.7, 300, weights)
+    save_reference(tmp_path, model, weights)
     (tmp_path / "tokenizer.json").write_text("{}")
     return tmp_path, weights
 

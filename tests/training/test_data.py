@@ -18,6 +18,7 @@ from ldm_deploy.training.data import (
     photograph_crops,
     photographs,
     random_crop,
+    resize,
 )
 
 
@@ -104,3 +105,51 @@ def test_damaged_data_is_named(tmp_path):
     captionless = write_folder(tmp_path / "c", {"one.png": np.zeros((8, 8, 3), np.uint8)}, header="file_name,title")
     with pytest.raises(DataError, match="no file_name or no text"):
         load_images(captionless, 8)
+
+
+def test_images_of_every_mode_are_read_alike_and_deep_ones_are_refused(tmp_path):
+    folder = tmp_path / "d"
+    folder.mkdir()
+    red = Image.new("RGB", (4, 4), (255, 0, 0))
+    modes = {
+        "rgb.png": red,
+        "rgba.png": red.convert("RGBA"),
+        "p.png": red.convert("P"),
+        "cmyk.tif": red.convert("CMYK"),
+        "la.png": Image.new("LA", (4, 4), (80, 255)),
+        "l.png": Image.new("L", (4, 4), 80),
+        "1.png": Image.new("1", (4, 4)),
+    }
+    for name, image in modes.items():
+        image.save(folder / name)
+    rows = "".join(f"{name},a square\n" for name in modes)
+    (folder / "metadata.csv").write_text("file_name,text\n" + rows)
+    data = load_images(folder, 4)
+    expected = [[255, 0, 0]] * 4 + [[80] * 3] * 2 + [[0] * 3]
+    assert data.images[:, 0, 0].tolist() == expected
+    Image.fromarray(np.full((4, 4), 40000, np.uint16)).save(folder / "rgb.png")
+    with pytest.raises(DataError, match=r"rgb\.png has mode 'I;16', more than 8 bits per channel; save it with 8 bits"):
+        load_images(folder, 4)
+
+
+def test_classes_and_captions_come_from_their_columns(tmp_path):
+    folder = tmp_path / "d"
+    folder.mkdir()
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (4, 4)).save(folder / name)
+    (folder / "metadata.csv").write_text("file_name,text,label\na.png,a caption,food\nb.png,another,\n")
+    assert load_images(folder, 4).texts == ["a caption", "another"]
+    assert load_images(folder, 4, "labels").texts == ["food", "another"]
+    assert load_images(folder, 4, "none").texts == ["", ""]
+    (folder / "metadata.csv").write_text("file_name,text\na.png,a caption\nb.png, \n")
+    with pytest.raises(DataError, match=r"the text of b\.png is empty; give it a caption, or train with cond"):
+        load_images(folder, 4)
+    assert load_images(folder, 4, "none").texts == ["", ""]
+
+
+def test_resize_averages_boxes():
+    images = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
+    halved = resize(images, 2)
+    expected = images.reshape(2, 2, 2, 2, 2, 3).astype(float).mean(axis=(2, 4))
+    assert np.abs(halved - expected).max() <= 0.5
+    assert resize(images, 4) is images

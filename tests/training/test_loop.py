@@ -21,6 +21,7 @@ from torch import nn
 from ldm_deploy.config import PRESETS, ObjectiveConfig, StageConfig
 from ldm_deploy.diffusion.objective import min_snr_weights
 from ldm_deploy.diffusion.schedule import Schedule
+from ldm_deploy.models.reference import describe
 from ldm_deploy.models.unet import UNet
 from ldm_deploy.training import diffusion
 from ldm_deploy.training.checkpointing import checkpoint_blocks
@@ -244,7 +245,9 @@ def test_the_loss_is_that_of_the_objective(tmp_path, monkeypatch, prediction_typ
     generator = torch.Generator().manual_seed(0)
     mean, std = torch.randn(5, 4, 8, 8, generator=generator), torch.rand(5, 4, 8, 8, generator=generator)
     ids = np.ones((5, 4), dtype=np.int64)
-    train_denoiser(config, (mean, std), 0.7, ids, [0, 1, 2, 3], 20, tmp_path, "f", resume=False)
+    text_encoder = {"vocab_size": 20, "context_length": 4, "width": 32, "layers": 1, "head_channels": 16}
+    described = describe(config, 0.7, text_encoder, {})
+    train_denoiser(config, described, lambda size: (mean, std), ids, [0, 1, 2, 3], tmp_path, "f", resume=False)
 
     draw = rng(config.seed, "diffusion", 7)
     rows = draw.integers(5, size=16)

@@ -84,8 +84,8 @@ def test_ema_start_is_unbiased_and_the_limit_is_the_decay():
     assert ema.averages["weight"].item() == pytest.approx(before + 0.1 * (1 - before))
 
 
-def quadratic(directory, *, resume=False, stop_at=None, poison_at=None, fingerprint="f"):
-    """A stage that fits a vector to 1; `stop_at` kills it there."""
+def quadratic(directory, *, resume=False, stop_at=None, poison_at=None, poison="loss", fingerprint="f"):
+    """A stage that fits a vector to 1; `stop_at` kills it there, `poison` is not finite at `poison_at`."""
     torch.manual_seed(0)
     module = nn.Linear(3, 1)
     config = StageConfig(steps=10, batch_size=1, learning_rate=0.1, warmup_steps=1, checkpoint_every=3)
@@ -95,7 +95,11 @@ def quadratic(directory, *, resume=False, stop_at=None, poison_at=None, fingerpr
             raise KeyboardInterrupt
         noise = torch.from_numpy(np.random.default_rng(step).standard_normal((8, 3), dtype=np.float32))
         value = (module(noise) - 1).square().mean()
-        return (value * float("nan") if step == poison_at else value), {"extra": 1.0}
+        if step == poison_at and poison == "loss":
+            value = value * float("nan")
+        if step == poison_at and poison == "gradient norm":
+            value = value + (module.weight * 0).norm().sqrt()  # a root's slope at 0
+        return value, {"extra": 1.0}
 
     return run_stage("stage", module, loss, config, directory, fingerprint, resume=resume)
 
@@ -137,9 +141,10 @@ def test_checkpoint_is_neither_overwritten_nor_taken_for_another_runs(tmp_path):
         quadratic(tmp_path, resume=True)
 
 
-def test_nan_loss_stops_with_the_last_good_checkpoint_named(tmp_path):
-    with pytest.raises(TrainingError, match=r"loss is nan at step 7; the last good state is .*stage\.safetensors"):
-        quadratic(tmp_path, poison_at=7)
+@pytest.mark.parametrize("poison", ["loss", "gradient norm"])
+def test_what_is_not_finite_stops_with_the_last_good_checkpoint_named(tmp_path, poison):
+    with pytest.raises(TrainingError, match=rf"{poison} is nan at step 7; the last good state is .*stage\.safetensors"):
+        quadratic(tmp_path, poison_at=7, poison=poison)
     resumed = quadratic(tmp_path, resume=True)
     assert all(torch.isfinite(value).all() for value in resumed.values())
 
@@ -153,8 +158,15 @@ def test_train_writes_a_reference_that_loads(tmp_path):
             "rate": 0.25, "hits": 12, "n": 48, "gallery": 512, "method": "pixels", "sampler": "ddim", "steps": 50,
             "guidance_scale": 5.0, "reason": None,
         },
+        "retrieval_without_guidance": {"rate": None, "reason": "no time"},
+        "prompts": ["cat", "retina"],
     }  # fmt: skip
-    record = train(tiny(), "photos", out, threads=1, score=lambda directory, data: {"asked": data, **figures})
+
+    def score(directory, data, picture):
+        picture.write_bytes(b"PNG")
+        return {"asked": data, **figures}
+
+    record = train(tiny(), "photos", out, threads=1, score=score, report_prompts=["cat", "retina"])
     reference = load_reference(out)
     assert 0 < reference.model["scale_factor"] < math.inf
     assert record["figures"] == {"asked": "photos", **figures}
@@ -163,6 +175,10 @@ def test_train_writes_a_reference_that_loads(tmp_path):
     assert "| photograph china.jpg, PSNR | 24.65 dB | 192x320 pixels, never trained on |" in card
     assert "| retrieval | 25.0% | 12 of 48 samples are nearest, of 512 images by pixels, to one with" in card
     assert "ddim, 50 steps, guidance 5 |" in card
+    assert "| retrieval without guidance | not measured | no time |" in card
+    assert "![samples](samples.png)\n\nSeed 0, row by row: cat, retina." in card
+    assert reference.model["prompts"]["report"] == ["cat", "retina"]
+    assert {"cat", "retina"}.isdisjoint(reference.model["prompts"]["calibration"])
     assert record["stages"]["diffusion"]["steps"] == 4
     assert json.loads((out / "training.json").read_text())["command"].startswith("ldm-deploy train tiny --data photos")
     with pytest.raises(TrainingError, match="exists; remove it"):
