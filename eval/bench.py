@@ -20,9 +20,10 @@ def bench_bundle(
 ) -> dict[str, Any]:
     """Measure a bundle in interleaved rounds, one worker process per variant, one active at a time.
 
-    Variants draw `PROMPT` with `images` seeds and `steps` (their own by default); engines run on the bundle's probes.
-    Returns `machine`, `components` and `variants`. Each row has `latency_ms`, and `speedup` against the first row of
-    its kind (fp32 comes first); both are None where `reason` says why. Raises `BundleError` for a damaged bundle.
+    Variants draw the model's first prompt with `images` seeds and `steps` (their own by default); engines run on the
+    bundle's probes. Returns `machine`, `components` and `variants`. Each row has `latency_ms`, and `speedup` against
+    the first row of its kind (fp32 comes first); both are None where `reason` says why. Raises `BundleError` for a
+    damaged bundle.
     """
     from ldm_deploy.runtime.bundle import read_bundle
 
@@ -30,7 +31,8 @@ def bench_bundle(
     variants = sorted(data["variants"], key=lambda variant: not variant["name"].startswith("fp32"))
     specs = {v["name"]: {"kind": "variant", "bundle": str(bundle), "variant": v["name"]} for v in variants}
     plan = component_plan({**data, "variants": variants}, bundle)
-    grid = Grid((PROMPT,), tuple(range(seed, seed + images)))
+    prompt = data["model"].get("prompts", {}).get("report", [PROMPT])[0]
+    grid = Grid((prompt,), tuple(range(seed, seed + images)))
     found = measure(specs, grid, plan, threads=threads or usable_threads(), seed=seed, steps=steps)
     components: list[dict[str, Any]] = []
     for component, (feeds, owners) in plan.items():
@@ -42,7 +44,7 @@ def bench_bundle(
         "format": 1,
         "bundle": str(bundle),
         "machine": machine(threads),
-        "prompt": PROMPT,
+        "prompt": prompt,
         "components": components,
         "variants": _rows(found.latency_ms, {name: found.failed.get(name, "it does not run") for name in specs}, seed),
     }

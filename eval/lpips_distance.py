@@ -130,7 +130,7 @@ class Lpips:
         if not self.available:
             return None
         network = self.network()
-        return lambda image, other: network(image, other).flatten()
+        return lambda image, other: network.to(image.device)(image, other).flatten()
 
     def network(self) -> Any:
         """The `lpips.LPIPS` module. Raises `RuntimeError` with the reason where it cannot be had."""

@@ -50,15 +50,17 @@ def make_probes(reference: Reference, *, seed: int = 0, threads: int | None = No
     unit = model["size_multiple"]
     guidance = model["sampling"]["guidance_scale"]
     height, width = model["default_size"]
+    known = model.get("prompts", {}).get("report") or CAPTIONS
+    texts = [known[index % len(known)] for index in range(3)]
     # captions, (height, width), guidance: U-Net batches of 1, 2 and 3
     runs = (
-        (CAPTIONS[:1], (height, width), 1.0),
-        (CAPTIONS[:1], (2 * unit, 3 * unit), guidance),
-        (CAPTIONS, (3 * unit, 2 * unit), 1.0),
+        (texts[:1], (height, width), 1.0),
+        (texts[: 2 if guidance == 1 else 1], (2 * unit, 3 * unit), guidance),
+        (texts, (3 * unit, 2 * unit), 1.0),
     )
     for captions, size, scale in runs:
         seeds = [seed + index for index in range(len(captions))]
-        images = pipeline(list(captions), seed=seeds, steps=STEPS, guidance_scale=scale, size=size)
+        images = pipeline(captions, seed=seeds, steps=STEPS, guidance_scale=scale, size=size)
         pipeline.encode(images)
         calls = {name: recorder.calls for name, recorder in recorders.items()}
         steps = calls["unet"]

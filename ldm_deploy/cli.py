@@ -184,11 +184,20 @@ def distill(
 
 @command
 def analyze(
-    reference: ReferenceDir,
+    reference: Annotated[str, Argument(metavar="REFERENCE_DIR", help="A reference, or 'reference' (shipped).")],
+    data: Annotated[str | None, Option("--data", metavar="PATH", help="A folder, a zip or 'photos'.")] = None,
+    out: Annotated[Path, Option("--out", metavar="DIR", help="For the page.")] = Path("build/analysis"),
+    study_steps: Annotated[int, Option("--study-steps", min=0, help="Also train ten autoencoders, so long.")] = 0,
     json: Json = None, seed: Seed = 0, threads: Threads = None, quiet: Quiet = False,
 ) -> Result:  # fmt: skip
-    """Not built yet: which layers bear low precision."""
-    raise StageMissingError("analyze is not built yet; there is: inspect, bench and eval for a bundle")
+    """Latent space, cost at any size, and what a latent loses."""
+    from ldm_deploy.eval.analyze import analyze_reference, print_analysis
+
+    images = data or os.environ.get("LDM_DEPLOY_DATA") or "photos"
+    result = analyze_reference(reference, images, out, study_steps=study_steps, seed=seed, threads=threads)
+    print_analysis(result)
+    print(f"page: {out / 'analysis.html'}")
+    return result, 0
 
 
 @command

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +18,11 @@ class Ran(NamedTuple):
     code: int
     out: str
     err: str
+
+
+def pytest_configure() -> None:
+    """What tests promise to the bit holds on a CPU: a GPU is used only where it is named in the environment."""
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 
 @pytest.fixture(scope="session")

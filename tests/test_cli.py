@@ -106,7 +106,6 @@ def test_wrong_arguments_are_one_line_and_exit_2(ldm_deploy_cli: Cli, arguments:
     ("arguments", "message"),
     [
         (["distill", "reference", "--recipe", "steps", "--out", "d"], "distill is not built yet; there is: train"),
-        (["analyze", "reference"], "analyze is not built yet; there is: inspect"),
         (["optimize", "reference", "--out", "b", "--target", "tensorrt-cuda"], "there is: onnxruntime-cpu"),
         (["quantize", "b", "--out", "c", "--target", "openvino-cpu"], "target 'openvino-cpu' is not built yet"),
         (["export", "reference", "--out", "b", "--precision", "fp16"], "there is: fp32"),
@@ -266,6 +265,6 @@ def test_a_closed_pipe_is_no_traceback(root: Path) -> None:
 
 
 def test_python_m_is_the_same_program(root: Path) -> None:
-    command = [sys.executable, "-m", "ldm_deploy", "analyze", "x"]
+    command = [sys.executable, "-m", "ldm_deploy", "verify", "x"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)

@@ -86,7 +86,7 @@ def test_every_command_is_in_the_readme(root: Path) -> None:
     from ldm_deploy.cli import app
 
     text = (root / "README.md").read_text("utf-8")
-    built = {str(command.name) for command in app.registered_commands} - {"distill", "analyze"}
+    built = {str(command.name) for command in app.registered_commands} - {"distill"}
     assert {name for name in built if f"ldm-deploy {name} " not in text} == set()
 
 

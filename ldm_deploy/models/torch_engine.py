@@ -33,11 +33,13 @@ class TorchEngine:
         missing = [name for name in self.input_names if name not in feeds]
         if missing:
             raise EngineError(f"{self.name} needs the input {missing[0]!r}; given: {', '.join(feeds)}")
+        device = next(self.module.parameters()).device
         with torch.inference_mode():
-            outputs = self.module(*(torch.from_numpy(np.ascontiguousarray(feeds[name])) for name in self.input_names))
+            inputs = (torch.from_numpy(np.ascontiguousarray(feeds[name])).to(device) for name in self.input_names)
+            outputs = self.module(*inputs)
         if not isinstance(outputs, tuple):
             outputs = (outputs,)
-        return {name: output.numpy() for name, output in zip(self.output_names, outputs, strict=True)}
+        return {name: output.cpu().numpy() for name, output in zip(self.output_names, outputs, strict=True)}
 
 
 def torch_engines(reference: Reference, threads: int | None = None) -> dict[str, TorchEngine]:

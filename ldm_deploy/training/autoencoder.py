@@ -43,7 +43,7 @@ def to_tensor(images: np.ndarray) -> Tensor:
 
 def to_images(tensor: Tensor) -> np.ndarray:
     """float (batch, 3, H, W) in [-1, 1] -> uint8 (batch, H, W, 3), halves rounded up as in the pipeline."""
-    pixels = ((tensor.float() + 1) * 127.5).clamp(0, 255).add(0.5).floor().to(torch.uint8)
+    pixels = ((tensor.float().cpu() + 1) * 127.5).clamp(0, 255).add(0.5).floor().to(torch.uint8)
     return pixels.permute(0, 2, 3, 1).contiguous().numpy()
 
 
@@ -68,8 +68,9 @@ def train_autoencoder(
             f"autoencoder_loss.perceptual_weight is {weights.perceptual_weight} and there is no perceptual distance; "
             "install ldm-deploy[export] and run `make setup` for its weights, or set perceptual_weight = 0"
         )
+    team = processes()
     torch.manual_seed(config.seed)
-    model = build_autoencoder(config).to(memory_format=torch.channels_last)
+    model = build_autoencoder(config).to(team.device).to(memory_format=torch.channels_last)
     stage = config.autoencoder_training
     crops = round(stage.batch_size * config.photo_fraction)
     sources = list(photographs().values()) if crops else []
@@ -87,22 +88,22 @@ def train_autoencoder(
     if quantizer is not None and weights.codebook_averaged:
         quantizer.follow_mean()
     last_layer = cast("nn.Conv2d", model.decoder.layers[-1]).weight
-    team = processes()
     used: list[tuple[slice, Tensor, Tensor]] = []  # rows, latents, codes of this step, for the codebook's statistics
 
     dropouts = [module for module in model.modules() if isinstance(module, Dropout) and module.rate]
 
     def reconstruct(step: int, rows: slice) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         """(image, reconstruction, regulariser to add to the loss, what to log of it)."""
-        image = to_tensor(batch(step)[rows])
+        image = to_tensor(batch(step)[rows]).to(team.device)
         if dropouts:
             torch.manual_seed(int(rng(config.seed, "dropout", step).integers(2**62)))
             for dropout in dropouts:
                 dropout.part = rows, stage.batch_size
         sides = (side // config.autoencoder.downsampling for side in image.shape[-2:])
         shape = (stage.batch_size, config.autoencoder.z_channels, *sides)
-        noise = torch.from_numpy(rng(config.seed, "posterior", step).standard_normal(shape, dtype=np.float32)[rows])
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.autocast_bf16):
+        drawn = rng(config.seed, "posterior", step).standard_normal(shape, dtype=np.float32)
+        noise = torch.from_numpy(drawn[rows]).to(team.device)
+        with torch.autocast(team.device.type, torch.bfloat16, enabled=config.autocast_bf16):
             if quantizer is None:
                 reconstruction, mean, logvar = model(image, noise)
                 kl = kl_divergence(mean.float(), logvar.float()).mean()
@@ -110,7 +111,7 @@ def train_autoencoder(
             latent, _ = model.encode(image)
         quantized, codebook, commitment, indices = quantizer.train_step(latent.float())
         used.append((rows, latent.detach().float(), indices))
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.autocast_bf16):
+        with torch.autocast(team.device.type, torch.bfloat16, enabled=config.autocast_bf16):
             reconstruction = model.render(quantized)
         logged = {"codebook": codebook, "commitment": commitment}
         moved_by_gradient = 0.0 if quantizer.averaged else codebook
@@ -164,11 +165,11 @@ def train_autoencoder(
     if weights.gan_weight:
         discriminator = PatchDiscriminator(
             weights.disc_layers, weights.disc_channels, weights.disc_norm, weights.disc_spectral_norm
-        )
+        ).to(team.device)
         adversary = Adversary(discriminator, discriminate, weights.disc_start, stage.learning_rate)
     averages = run_stage(
         "autoencoder", model, loss, stage, directory, fingerprint, resume=resume, preview=preview, adversary=adversary,
         after_step=after_step,
     )  # fmt: skip
     model.load_state_dict(averages)
-    return model.eval()
+    return model.cpu().eval()

@@ -53,7 +53,7 @@ def conditioning(config: Config, texts: Sequence[str], initial: Reference | None
     """
     from tokenizers import Tokenizer
 
-    from ldm_deploy.training.tokenizer import label_tokenizer, train_tokenizer
+    from ldm_deploy.training.tokenizer import LABEL_TOKENS, label_tokenizer, train_tokenizer
 
     own = config.text_encoder
     if initial is not None:
@@ -77,8 +77,8 @@ def conditioning(config: Config, texts: Sequence[str], initial: Reference | None
         tokenizer = train_tokenizer(texts, own.vocab_size, own.context_length)
     else:
         tokenizer = label_tokenizer(texts)
-    # A class needs no more than an embedding of its own: one token, no layers.
-    length, layers = (own.context_length, own.layers) if config.conditioning == "captions" else (1, 0)
+    # A class needs no more than an embedding of its own.
+    length, layers = (own.context_length, own.layers) if config.conditioning == "captions" else (LABEL_TOKENS, 0)
     described = {
         "vocab_size": tokenizer.get_vocab_size(),
         "context_length": length,

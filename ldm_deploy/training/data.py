@@ -45,6 +45,7 @@ class ImageSet:
     held_out: np.ndarray  # bool (n,)
     skin_tone: np.ndarray  # bool (n,): a skin-tone variant of another image
     digest: str
+    groups: list[str]  # what kind of thing it shows, "" where the data does not say
 
     def select(self, chosen: np.ndarray) -> ImageSet:
         """The images where `chosen` (bool, (n,)) is true."""
@@ -56,6 +57,7 @@ class ImageSet:
             self.held_out[rows],
             self.skin_tone[rows],
             self.digest,
+            [self.groups[row] for row in rows],
         )
 
 
@@ -75,7 +77,7 @@ def load_images(source: str | Path, size: int, conditioning: str = "captions") -
     `source`: a folder or a zip that holds `metadata.csv` or `metadata.jsonl` with columns `file_name` and `text` (the
     layout of image-folder loaders), or "photos". `texts` are what a model is conditioned on: the column `text` for
     "captions", `label` (`text` where there is none) for "labels", empty for "none". Raises `DataError` naming the
-    first file that is missing or damaged.
+    first file that is missing or damaged. `groups` are the column `group`, or `label`.
     """
     if str(source) == "photos":
         return photograph_crops(size, count=512, seed=0)
@@ -83,7 +85,7 @@ def load_images(source: str | Path, size: int, conditioning: str = "captions") -
     if not path.exists():
         raise DataError(f"data {str(source)!r} does not exist; give a folder, a zip file, or 'photos'")
     digest = hashlib.sha256()
-    images, texts, names, skin_tone = [], [], [], []
+    images, texts, names, skin_tone, groups = [], [], [], [], []
     for row, content in _rows(path):
         name, text = row.get("file_name"), _condition(row, conditioning)
         if not name or text is None:
@@ -96,12 +98,14 @@ def load_images(source: str | Path, size: int, conditioning: str = "captions") -
         images.append(_decode(content, size, f"{path}: {name}"))
         texts.append(text)
         names.append(name)
+        groups.append(str(row.get("group") or row.get("label") or ""))
         skin_tone.append(str(row.get("skin_tone", "0")) not in ("0", "", "False", "false"))
         digest.update(f"{name}\0{text}\0".encode() + images[-1].tobytes())
     if not images:
         raise DataError(f"data {path} holds no images; metadata.csv needs rows with file_name and text")
     held_out = np.array([is_held_out(name) for name in names])
-    return ImageSet(np.stack(images), texts, names, held_out, np.array(skin_tone), f"sha256:{digest.hexdigest()}")
+    digested = f"sha256:{digest.hexdigest()}"
+    return ImageSet(np.stack(images), texts, names, held_out, np.array(skin_tone), digested, groups)
 
 
 def photographs() -> dict[str, np.ndarray]:
@@ -156,7 +160,8 @@ def photograph_crops(size: int, count: int, seed: int) -> ImageSet:
     images = np.stack([random_crop(sources[name], size, rng) for name in names])
     digest = hashlib.sha256(images.tobytes()).hexdigest()
     nothing = np.zeros(count, dtype=bool)
-    return ImageSet(images, [PHOTOGRAPHS[name] for name in names], names, nothing, nothing.copy(), f"sha256:{digest}")
+    texts = [PHOTOGRAPHS[name] for name in names]
+    return ImageSet(images, texts, names, nothing, nothing.copy(), f"sha256:{digest}", texts)
 
 
 def _condition(row: dict[str, Any], conditioning: str) -> Any:

@@ -18,6 +18,7 @@ from ldm_deploy.models.reference import Reference, build_modules
 from ldm_deploy.training.autoencoder import to_tensor
 from ldm_deploy.training.loop import Preview, rng, run_stage
 from ldm_deploy.training.lora import add_lora
+from ldm_deploy.training.processes import processes
 
 
 class Denoiser(nn.Module):
@@ -34,10 +35,15 @@ class Denoiser(nn.Module):
 
 @torch.no_grad()
 def encode_images(autoencoder: Autoencoder, images: np.ndarray, batch_size: int = 64) -> tuple[Tensor, Tensor]:
-    """uint8 (n, H, W, 3) -> posterior mean and standard deviation, float32 (n, z, H/f, W/f), unscaled."""
+    """uint8 (n, H, W, 3) -> posterior mean and standard deviation, float32 (n, z, H/f, W/f), unscaled, on the device
+    that training uses."""
+    device = processes().device
+    autoencoder.to(device)
     moments = [
-        autoencoder.encode(to_tensor(images[start : start + batch_size])) for start in range(0, len(images), batch_size)
+        autoencoder.encode(to_tensor(images[start : start + batch_size]).to(device))
+        for start in range(0, len(images), batch_size)
     ]
+    autoencoder.cpu()
     mean = torch.cat([mean for mean, _ in moments]).contiguous()
     return mean, torch.exp(0.5 * torch.cat([logvar for _, logvar in moments])).contiguous()
 
@@ -72,11 +78,12 @@ def train_denoiser(
     """
     stage = config.diffusion_training
     scale = described["scale_factor"]
-    ids, empty = torch.from_numpy(input_ids), torch.tensor(list(empty_ids))
-    alphas_cumprod = torch.from_numpy(config.schedule.alphas_cumprod).float()
+    device = processes().device
+    ids, empty = torch.from_numpy(input_ids).to(device), torch.tensor(list(empty_ids), device=device)
+    alphas_cumprod = torch.from_numpy(config.schedule.alphas_cumprod).float().to(device)
     kind = config.schedule.prediction_type
     torch.manual_seed(config.seed + 1)
-    model = Denoiser(described).to(memory_format=torch.channels_last)
+    model = Denoiser(described).to(device).to(memory_format=torch.channels_last)
     if initial is not None:
         _start_from(model, initial)
     if config.lora_rank:
@@ -87,23 +94,25 @@ def train_denoiser(
         model.text_encoder.requires_grad_(False)
 
     total = config.schedule.num_train_timesteps
-    weights = torch.ones(total)
+    weights = torch.ones(total, device=device)
     if config.objective.min_snr_gamma:
         weights = torch.from_numpy(
             min_snr_weights(config.schedule.alphas_cumprod, config.objective.min_snr_gamma, kind)
-        ).float()
+        ).to(device, torch.float32)
 
     def loss(step: int, part: slice) -> tuple[Tensor, Mapping[str, float]]:
         mean, std = latents(stage.resolution(step, config.resolution))
         draw = rng(config.seed, "diffusion", step)
-        rows = torch.from_numpy(draw.integers(len(mean), size=stage.batch_size))[part]
-        timestep = torch.from_numpy(
-            sample_timesteps(draw, stage.batch_size, total, config.objective.timestep_sampling)
-        )[part]
-        dropped = torch.from_numpy(draw.random(stage.batch_size) < config.caption_dropout)[part]
         shape = (stage.batch_size, *mean.shape[1:])
-        posterior = torch.from_numpy(draw.standard_normal(shape, dtype=np.float32))[part]
-        noise = torch.from_numpy(offset_noise(draw, shape, config.objective.offset_noise))[part]
+        # Drawn for the whole batch, in this order, and cut to the part.
+        drawn = (
+            draw.integers(len(mean), size=stage.batch_size),
+            sample_timesteps(draw, stage.batch_size, total, config.objective.timestep_sampling),
+            draw.random(stage.batch_size) < config.caption_dropout,
+            draw.standard_normal(shape, dtype=np.float32),
+            offset_noise(draw, shape, config.objective.offset_noise),
+        )
+        rows, timestep, dropped, posterior, noise = (torch.from_numpy(array[part]).to(device) for array in drawn)
         latent = scale * (mean[rows] + std[rows] * posterior)
         signal, spread = (
             value.sqrt()[:, None, None, None] for value in (alphas_cumprod[timestep], 1 - alphas_cumprod[timestep])
@@ -111,14 +120,14 @@ def train_denoiser(
         noisy = signal * latent + spread * noise
         target = {"epsilon": noise, "sample": latent, "v_prediction": signal * noise - spread * latent}[kind]
         captions = torch.where(dropped[:, None], empty[None], ids[rows])
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.autocast_bf16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.autocast_bf16):
             prediction = model(noisy.contiguous(memory_format=torch.channels_last), timestep, captions)
         error = (prediction.float() - target).square().mean(dim=(1, 2, 3))
         return (weights[timestep] * error).mean(), {}
 
     averages = run_stage("diffusion", model, loss, stage, directory, fingerprint, resume=resume, preview=preview)
     model.load_state_dict(averages)
-    return model.eval()
+    return model.cpu().eval()
 
 
 def _start_from(model: Denoiser, initial: Reference) -> None:

@@ -6,6 +6,7 @@ would have drawn.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import math
@@ -112,7 +113,8 @@ def run_stage(
     log = TrainingLog(directory, name, start) if team.first else None
     began = time.monotonic()
     # torch's fused attention has a slow bf16 backward on a CPU: the plain one makes a U-Net step 1.3 times faster.
-    with sdpa_kernel(SDPBackend.MATH), task(f"training {name}", config.steps, start) as advance:
+    attention = sdpa_kernel(SDPBackend.MATH) if team.device.type == "cpu" else contextlib.nullcontext()
+    with attention, task(f"training {name}", config.steps, start) as advance:
         for step in range(start, config.steps):
             rate = learning_rate(config, step)
             for group in optimizer.param_groups:
@@ -170,7 +172,7 @@ def _gradients(
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        means = torch.tensor(list(totals.values()), dtype=torch.float64)
+        means = torch.tensor(list(totals.values()), dtype=torch.float64, device=team.device)
         team.sum_([parameter.grad for parameter in parameters if parameter.grad is not None])
         team.sum_([means])
         totals = dict(zip(totals, means.tolist(), strict=True))
@@ -220,7 +222,7 @@ def _restore(path: Path, fingerprint: str, trained: Trained, ema: Ema) -> int:
                     if f"{prefix}{MOMENTS[0]}.{name}" in names:
                         steps = float(metadata.get(f"{prefix}steps", metadata["steps_done"]))
                         optimizer.state[parameter] = {
-                            "step": torch.tensor(steps),
+                            "step": torch.tensor(steps, device=parameter.device),
                             **{
                                 key: torch.empty_like(parameter).copy_(file.get_tensor(f"{prefix}{key}.{name}"))
                                 for key in MOMENTS

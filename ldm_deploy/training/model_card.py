@@ -34,7 +34,7 @@ def model_card(record: Mapping[str, Any], picture: str | None = None) -> str:
             if config["photo_fraction"]
             else ""
         )
-        + f"torch {record['torch']}, {record['threads']} threads, seed {config['seed']}.",
+        + f"torch {record['torch']}, {_where(record)}, seed {config['seed']}.",
         "",
         *(_origin(record["init_from"], config["lora_rank"]) if "init_from" in record else ()),
         "| stage | steps | batch | learning rate | minutes | final loss |",
@@ -60,6 +60,11 @@ def model_card(record: Mapping[str, Any], picture: str | None = None) -> str:
 
 def _listed(figures: Mapping[str, Any]) -> str:
     return ", ".join(prompt or "no prompt" for prompt in figures["prompts"])
+
+
+def _where(record: Mapping[str, Any]) -> str:
+    device = record.get("device", "cpu")
+    return f"{record['threads']} threads" if device == "cpu" else str(device)
 
 
 def _origin(start: Mapping[str, Any], rank: int) -> tuple[str, ...]:

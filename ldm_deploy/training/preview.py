@@ -27,8 +27,12 @@ def reconstructions(held_out: np.ndarray, directory: Path, measure: Measure | No
     """A preview of stage one: `held_out` uint8 (n, H, W, 3) above its reconstructions, and `measure` of both."""
 
     def preview(autoencoder: Any, step: int) -> Mapping[str, float]:
+        device = next(autoencoder.parameters()).device
         rebuilt = np.concatenate(
-            [to_images(autoencoder.decode(autoencoder.encode(to_tensor(image[None]))[0])) for image in held_out]
+            [
+                to_images(autoencoder.decode(autoencoder.encode(to_tensor(image[None]).to(device))[0]))
+                for image in held_out
+            ]
         )
         shown = min(8, len(held_out))
         write_grid(directory / f"autoencoder-{step:06d}.png", [*held_out[:shown], *rebuilt[:shown]], columns=shown)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,10 +17,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Processes:
-    """This process, `rank`, among `count`."""
+    """This process, `rank`, among `count`, and the device it computes on."""
 
     rank: int = 0
     count: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
     def first(self) -> bool:
@@ -50,10 +51,14 @@ class Processes:
 
 
 def processes() -> Processes:
-    """This process's place, from the launcher's environment. Connects to the others at the first call."""
+    """This process's place, from the launcher's environment. Connects to the others at the first call.
+
+    The device is a CUDA GPU where torch sees one (CUDA_VISIBLE_DEVICES says which it may see), else the CPU.
+    """
+    cuda = torch.cuda.is_available()
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return Processes()
+        return Processes(device=torch.device("cuda" if cuda else "cpu"))
     from accelerate import PartialState
 
-    state = PartialState(cpu=not torch.cuda.is_available())
-    return Processes(state.process_index, state.num_processes)
+    state = PartialState(cpu=not cuda)
+    return Processes(state.process_index, state.num_processes, state.device)

@@ -10,18 +10,20 @@ if TYPE_CHECKING:
 
 SPECIAL_TOKENS = ("<pad>", "<start>", "<end>")
 UNCONDITIONAL = "<none>"
+LABEL_TOKENS = 2
 
 
 def label_tokenizer(labels: Sequence[str]) -> Tokenizer:
-    """One token per class, its whole name; the empty text is token 0, "no class". Without labels there is only that.
+    """One token per class, its whole name, padded by token 0, "no class". The empty text is that alone.
 
-    A name that is no class does not encode.
+    A name that is no class does not encode. Engines have a context of any length, and tracers take a length of 1 for a
+    constant: hence two tokens.
     """
     from tokenizers import Tokenizer, models
 
     names = sorted(set(labels) - {"", UNCONDITIONAL})
     tokenizer = Tokenizer(models.WordLevel({UNCONDITIONAL: 0, **{name: 1 + at for at, name in enumerate(names)}}))
-    tokenizer.enable_padding(length=1, pad_id=0, pad_token=UNCONDITIONAL)
+    tokenizer.enable_padding(length=LABEL_TOKENS, pad_id=0, pad_token=UNCONDITIONAL)
     return tokenizer
 
 

@@ -147,6 +147,7 @@ def train(
         },
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
+        "device": "cpu" if team.device.type == "cpu" else torch.cuda.get_device_name(team.device),
         "stages": {stage: _summary(directory / f"{stage}.jsonl") for stage in stages},
         "config": resolved.to_dict(),
     }

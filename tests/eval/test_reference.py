@@ -31,7 +31,9 @@ def image_set(count: int = 40, size: int = 64) -> ImageSet:
     tone[3:6] = True
     texts = [f"thing {index}" for index in range(count)]
     texts[5] = "thing 4: dark skin tone"
-    return ImageSet(images, texts, [f"{index}.png" for index in range(count)], held_out, tone, "sha256:" + "0" * 64)
+    return ImageSet(
+        images, texts, [f"{index}.png" for index in range(count)], held_out, tone, "sha256:" + "0" * 64, texts
+    )
 
 
 class Pipeline:

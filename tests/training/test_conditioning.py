@@ -70,13 +70,13 @@ def labelled(folder, tmp_path_factory):
     return out
 
 
-def test_a_labelled_model_has_a_context_of_one_token_and_refuses_other_classes(labelled):
+def test_a_labelled_model_has_a_token_per_class_and_refuses_other_classes(labelled):
     reference = load_reference(labelled)
-    assert reference.model["context_length"] == 1
+    assert reference.model["context_length"] == 2
     assert reference.model["conditioning"] == "labels"
     assert reference.model["prompts"]["report"] == ["blue", "red"]
-    contexts = reference.text_encoder(torch.tensor([[0], [1], [2]]))
-    assert contexts.shape == (3, 1, reference.model["text_encoder"]["width"])
+    contexts = reference.text_encoder(torch.tensor([[0, 0], [1, 0], [2, 0]]))
+    assert contexts.shape == (3, 2, reference.model["text_encoder"]["width"])
     assert len({tuple(row.flatten().tolist()) for row in contexts}) == 3
     pipeline = torch_pipeline(reference)
     assert pipeline(["red", "blue"], seed=0, steps=2).shape == (2, 32, 32, 3)

@@ -1,0 +1,105 @@
+"""A training step on a GPU, on tensors without content: whatever is left on the CPU fails, on any machine."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ldm_deploy.config import PRESETS, AutoencoderConfig, AutoencoderLossConfig, ObjectiveConfig
+from ldm_deploy.models.reference import describe
+from ldm_deploy.training import autoencoder, diffusion
+from ldm_deploy.training.data import ImageSet
+from ldm_deploy.training.processes import Processes
+
+CUDA = Processes(device=torch.device("cuda", 0))
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Tensors that only know shape and device; a GPU need not be there."""
+
+    def apply(self, function, recurse=True):  # torch swaps tensors here, which those without content do not bear
+        for module in self.modules():
+            for name, value in module._parameters.items():
+                module._parameters[name] = None if value is None else nn.Parameter(function(value), value.requires_grad)
+            for name, value in module._buffers.items():
+                module._buffers[name] = None if value is None else function(value)
+        return self
+
+    monkeypatch.setattr(nn.Module, "_apply", apply)
+    monkeypatch.setattr(torch.Tensor, "item", lambda self: 0.5)
+    for module in (autoencoder, diffusion):
+        monkeypatch.setattr(module, "processes", lambda: CUDA)
+    with FakeTensorMode():
+        yield
+
+
+def step(module, name, monkeypatch, train):
+    """Each loss of a stage and what follows a step. No backward pass: torch's engine wants a GPU that is there."""
+
+    def once(name, model, loss, config, *rest, adversary=None, after_step=lambda step: {}, **options):
+        rows = slice(0, config.batch_size)
+        assert loss(0, rows)[0].device == CUDA.device
+        after_step(0)
+        if adversary is not None:
+            assert adversary.loss_function(0, rows)[0].device == CUDA.device
+        assert {value.device for value in model.parameters()} == {CUDA.device}
+        return model.state_dict()
+
+    monkeypatch.setattr(module, "run_stage", once)
+    monkeypatch.setattr(autoencoder, "adaptive_weight", lambda rebuilt, fooled, *rest: rebuilt / fooled)
+    monkeypatch.setattr(nn.Module, "load_state_dict", lambda self, state: None)
+    model = train()
+    assert {value.device.type for value in model.parameters()} == {"cpu"}  # what is written to disk
+
+
+AUTOENCODERS = {
+    "kl": (
+        AutoencoderConfig(8, (1, 2), 1, 4, 4, "sd1", dropout=0.1),
+        AutoencoderLossConfig(gan_weight=0.5, disc_layers=1, disc_channels=8),
+    ),
+    "vq": (
+        AutoencoderConfig(8, (1, 2), 1, 4, 4, "sd1", kind="vq", codebook_size=16),
+        AutoencoderLossConfig(codebook_averaged=True),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", AUTOENCODERS)
+def test_a_step_of_the_autoencoder_is_on_the_gpu(gpu, monkeypatch, tmp_path, kind):
+    model, loss = AUTOENCODERS[kind]
+    unet = dataclasses.replace(PRESETS["tiny"].unet, channels=(16,), attention_levels=(), num_heads=(1,))
+    config = dataclasses.replace(
+        PRESETS["tiny"], autoencoder=model, autoencoder_loss=loss, photo_fraction=0.0, unet=unet, autocast_bf16=False
+    )
+    none = np.zeros(4, bool)
+    data = ImageSet(np.zeros((4, 32, 32, 3), np.uint8), [""] * 4, [""] * 4, none, none, "", [""] * 4)
+    step(
+        autoencoder, "autoencoder", monkeypatch,
+        lambda: autoencoder.train_autoencoder(config, data, tmp_path, "", resume=False),
+    )  # fmt: skip
+
+
+def test_a_step_of_the_denoiser_is_on_the_gpu(gpu, monkeypatch, tmp_path):
+    config = dataclasses.replace(
+        PRESETS["tiny"], objective=ObjectiveConfig("logit_normal", 5.0, 0.1), autocast_bf16=False
+    )
+    text_encoder = {"vocab_size": 20, "context_length": 4, "width": 32, "layers": 1, "head_channels": 16}
+    described = describe(config, 0.7, text_encoder, {})
+    images = np.zeros((4, 32, 32, 3), np.uint8)
+    encoder = autoencoder.build_autoencoder(config)
+
+    def train():
+        latents = diffusion.encode_images(encoder, images)
+        assert latents[0].device == CUDA.device
+        ids = np.ones((4, 4), np.int64)
+        return diffusion.train_denoiser(
+            config, described, lambda size: latents, ids, [0, 1, 2, 3], tmp_path, "", resume=False
+        )
+
+    step(diffusion, "diffusion", monkeypatch, train)
