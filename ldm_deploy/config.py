@@ -257,7 +257,9 @@ class Config:
 
 # name       (autoencoder: steps, batch, rate)   (diffusion: steps, batch, rate)   changed models
 PRESETS: dict[str, Config] = {
-    "reference": Config("reference", StageConfig(3200, 16, 2.0e-3), StageConfig(16000, 32, 1.0e-3, restarts=(9000,))),
+    "reference": Config("reference", StageConfig(6400, 16, 2.0e-3), StageConfig(20000, 32, 1.0e-3),
+                        autoencoder=AutoencoderConfig(32, (1, 2, 3), 1, 6, 8, "sd1"),
+                        unet=UNetConfig((64, 80, 112), 1, (1, 2), (4, 5, 7), 16, "sd1")),
     "quick":     Config("quick",     StageConfig( 450, 16, 2.0e-3), StageConfig( 500, 16, 1.0e-3)),
     "tiny":      Config("tiny",      StageConfig(   4,  2, 1.0e-3), StageConfig(   4,  2, 1.0e-3), resolution=32,
                         autoencoder=AutoencoderConfig(8, (1, 1, 2), 1, 4, 0, "compact"),

@@ -37,11 +37,11 @@ def test_toml_changes_what_it_names_and_nothing_else(tmp_path):
         ("resolution = 40", "resolution is 40; it must be a multiple of 16"),
         ("unet = 3", r"unet is 3; give a table \[unet\]"),
         ("[unet]\nchannels = 64", "channels is 64; give a list of integers"),
-        ("[unet]\nnum_heads = [1, 5, 1]", r"channels\[1\] is 96, no multiple of num_heads\[1\] 5; change one of them"),
+        ("[unet]\nnum_heads = [1, 3, 1]", r"channels\[1\] is 80, no multiple of num_heads\[1\] 3; change one of them"),
         ("[unet]\nnum_heads = [1]", r"num_heads is \[1\]; give one number for each of the 3 levels"),
         (
             "[unet]\nnorm_groups = 48",
-            r"unet: the levels have \[64, 96, 128\] channels, and norm_groups is 48; each width",
+            r"unet: the levels have \[64, 80, 112\] channels, and norm_groups is 48; each width",
         ),
         ("[unet]\nlayout = 'sd2'", r"unet\.layout is 'sd2'; allowed: compact, sd1"),
         (
