@@ -191,7 +191,7 @@ def analyze(
     json: Json = None, seed: Seed = 0, threads: Threads = None, quiet: Quiet = False,
 ) -> Result:  # fmt: skip
     """Latent space, cost at any size, and what a latent loses."""
-    from ldm_deploy.eval.analyze import analyze_reference, print_analysis
+    from ldm_deploy.eval.analysis.analyze import analyze_reference, print_analysis
 
     images = data or os.environ.get("LDM_DEPLOY_DATA") or "photos"
     result = analyze_reference(reference, images, out, study_steps=study_steps, seed=seed, threads=threads)

@@ -15,11 +15,11 @@ import torch
 
 from ldm_deploy.config import PRESETS, AutoencoderConfig, StageConfig
 from ldm_deploy.errors import ConfigError, EvaluationError
-from ldm_deploy.eval import analyze, rate_distortion
-from ldm_deploy.eval.analysis_page import to_html
-from ldm_deploy.eval.analyze import analyze_reference, print_analysis
-from ldm_deploy.eval.rate_distortion import study_rows
-from ldm_deploy.eval.semantic import GroupClassifier, preservation
+from ldm_deploy.eval.analysis import analyze, rate_distortion
+from ldm_deploy.eval.analysis.analyze import analyze_reference, print_analysis
+from ldm_deploy.eval.analysis.page import to_html
+from ldm_deploy.eval.analysis.rate_distortion import study_rows
+from ldm_deploy.eval.analysis.semantic import GroupClassifier, preservation
 from ldm_deploy.training.data import ImageSet
 from ldm_deploy.training.train import train
 

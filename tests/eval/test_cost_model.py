@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ldm_deploy.config import PRESETS, AutoencoderConfig, Config, UNetConfig
-from ldm_deploy.eval.cost_model import attention_bytes, measure, model_costs, parts, predict
+from ldm_deploy.eval.analysis.cost_model import attention_bytes, measure, model_costs, parts, predict
 from ldm_deploy.models.reference import describe
 
 TEXT = {"context_length": 16, "width": 32}

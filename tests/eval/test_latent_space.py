@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ldm_deploy.eval.latent_space import (
+from ldm_deploy.eval.analysis.latent_space import (
     analyze_latents,
     channel_correlation,
     channel_statistics,

@@ -20,11 +20,11 @@ import numpy as np
 from ldm_deploy.artifact import atomic_write_json, content_key
 from ldm_deploy.config import PRESETS, Config
 from ldm_deploy.errors import ConfigError, DataError
-from ldm_deploy.eval.cost_model import measure, model_costs, parts
+from ldm_deploy.eval.analysis.cost_model import measure, model_costs, parts
+from ldm_deploy.eval.analysis.semantic import GroupClassifier, preservation
 from ldm_deploy.eval.latency import interleaved, summary, warm_up
 from ldm_deploy.eval.lpips_distance import Lpips
 from ldm_deploy.eval.metrics import psnr_db_each, ssim
-from ldm_deploy.eval.semantic import GroupClassifier, preservation
 from ldm_deploy.progress import task
 
 if TYPE_CHECKING:

@@ -31,7 +31,7 @@ def to_html(result: Mapping[str, Any], strips: np.ndarray) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["number"] = number
-    template = (resources.files("ldm_deploy.eval") / "analysis_template.html").read_text("utf-8")
+    template = (resources.files("ldm_deploy.eval.analysis") / "page_template.html").read_text("utf-8")
     latent, costs, study = result["latent_space"], result["cost_model"], result["rate_distortion"]
     return environment.from_string(template).render(
         result=result,

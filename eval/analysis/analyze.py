@@ -12,11 +12,11 @@ import numpy as np
 from ldm_deploy.artifact import atomic_write_bytes, atomic_write_json
 from ldm_deploy.config import PRESETS
 from ldm_deploy.errors import DataError, EvaluationError
-from ldm_deploy.eval.analysis_page import to_html
-from ldm_deploy.eval.cost_model import attention_bytes, measure, model_costs, parts
-from ldm_deploy.eval.latent_space import analyze_latents
+from ldm_deploy.eval.analysis.cost_model import attention_bytes, measure, model_costs, parts
+from ldm_deploy.eval.analysis.latent_space import analyze_latents
+from ldm_deploy.eval.analysis.page import to_html
+from ldm_deploy.eval.analysis.rate_distortion import decode, encode, rate_distortion
 from ldm_deploy.eval.machine import machine
-from ldm_deploy.eval.rate_distortion import decode, encode, rate_distortion
 
 if TYPE_CHECKING:
     from ldm_deploy.models.reference import Reference

@@ -1,0 +1,1 @@
+"""`ldm-deploy analyze`: what a reference's latents look like, what it costs, and what other latents would lose."""
