@@ -74,12 +74,12 @@ class StageConfig:
     """
 
     steps: int
-    batch_size: int
+    batch_size: int  # of all processes together
     learning_rate: float
     warmup_steps: int = 100
     weight_decay: float = 0.01
-    ema_decay: float = 0.999
-    clip_norm: float = 1.0
+    ema_decay: float = 0.999  # of the averaged parameters, which are what is written
+    clip_norm: float = 1.0  # of all gradients together
     checkpoint_every: int = 200  # steps
     preview_every: int = 0  # steps between two sample grids with held-out figures; 0: none
     restarts: tuple[int, ...] = ()
@@ -117,7 +117,7 @@ class AutoencoderLossConfig:
     perceptual_backbone: str = "squeeze"  # or alex, vgg
     kl_weight: float = 3e-7  # per nat and image
     commitment_weight: float = 0.25
-    codebook_averaged: bool = False
+    codebook_averaged: bool = False  # entries follow the mean of their latents instead of a gradient
     restart_codes_after: int = 0  # steps without use; 0: never
     gan_weight: float = 0.0
     disc_start: int = 0  # step
@@ -125,7 +125,7 @@ class AutoencoderLossConfig:
     disc_channels: int = 64
     disc_norm: str = "group"  # or batch, none
     disc_spectral_norm: bool = False
-    gradient_penalty: float = 0.0
+    gradient_penalty: float = 0.0  # weight of R1
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class Config:
     photo_fraction: float = 0.25  # of an autoencoder batch: crops of the free photographs beside the given images
     conditioning: str = "captions"  # or "labels": the name of a class; or "none"
     lora_rank: int = 0  # above 0: train adapters of the U-Net's attention, on given weights, instead of the whole
-    caption_dropout: float = 0.1  # Ho and Salimans 2022, arXiv:2207.12598
+    caption_dropout: float = 0.1  # for guidance: Ho and Salimans 2022, arXiv:2207.12598
     autocast_bf16: bool = True
 
     @property

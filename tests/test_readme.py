@@ -107,13 +107,16 @@ def test_python_blocks_run(root: Path, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_toml_blocks_load(root: Path, tmp_path: Path) -> None:
+    from ldm_deploy.config import load_config
     from ldm_deploy.eval.budget import load_budget
 
-    found = list(blocks((root / "README.md").read_text("utf-8"), "toml"))
-    assert found
-    for body in found:
-        (tmp_path / "limits.toml").write_text(body, encoding="utf-8")
-        load_budget(tmp_path / "limits.toml")
+    file = tmp_path / "file.toml"
+    loaders = []
+    for body in blocks((root / "README.md").read_text("utf-8"), "toml"):
+        file.write_text(body, encoding="utf-8")
+        loaders.append(load_config if body.startswith("preset") else load_budget)
+        loaders[-1](file)
+    assert loaders == [load_config, load_budget]
 
 
 @pytest.mark.parametrize(
