@@ -74,6 +74,8 @@ def export_module(
     import onnx_ir
     import torch
 
+    from ldm_deploy.export.attention import written_out
+
     for name, axes in input_axes.items():
         for axis, symbol in axes.items():
             if inputs[name].shape[axis] < 2:
@@ -83,7 +85,7 @@ def export_module(
                 )
     dynamic = tuple(dict.fromkeys(input_axes.get(name, {}), torch.export.Dim.AUTO) for name in inputs)
     try:
-        with _quiet_exporter():
+        with _quiet_exporter(), written_out():
             program = torch.onnx.export(
                 module,
                 tuple(torch.from_numpy(value) for value in inputs.values()),

@@ -1,4 +1,4 @@
-"""Build INT8 engines of one component, judge each, keep the fastest that survives.
+"""Build INT8 engines of one component, judge each, keep the fastest that survives, the smaller one of equals.
 
 Three judges, in this order: parity (is it the reference?), the graph read back (is it INT8 at all?), and an interleaved
 measurement against the fp32 engine (do no harm).
@@ -22,6 +22,7 @@ from ldm_deploy.quantize.observe import Histogram
 from ldm_deploy.quantize.onnxruntime_cpu import RECIPES, has_vnni, observe_graph, quantize_graph
 from ldm_deploy.quantize.profile import profile_ops, slower_ops
 from ldm_deploy.quantize.scheme import RANGE_METHODS, Recipe
+from ldm_deploy.quantize.sparing import spare
 from ldm_deploy.runtime.engines import OnnxRuntimeEngine
 
 BASELINE = "fp32-onnxruntime-cpu"
@@ -60,9 +61,10 @@ def quantize_component(
     rounds: int = ROUNDS,
     advance: Callable[[], object] = lambda: None,
 ) -> tuple[Candidate | None, list[Candidate]]:
-    """The fastest engine that survives (or None), and those refused, each with its reason.
+    """The fastest engine that survives (or None), the smaller one of equals, and those refused, each with its reason.
 
-    `limit`: largest relative error on `probes`. `batch`: rows in one call of the measurement, as the pipeline makes it.
+    `limit`: largest relative error on `probes`; a recipe beyond it is tried again without its most sensitive nodes
+    (`sparing.py`). `batch`: rows in one call of the measurement, as the pipeline makes it.
     Recipes that survive but are slower than the best are neither. Files are written into `folder`.
     `advance` is called three times.
     """
@@ -80,6 +82,11 @@ def quantize_component(
         except QuantizationError:
             continue  # the graph has no op of this kind
         parity = compare_outputs(OnnxRuntimeEngine(path, threads=threads), probes, limit)
+        if not parity.passed:
+            spared = spare(model_path, folder / "spared.onnx", chosen, histograms, probes, limit, threads=threads)
+            if spared is not None:
+                (folder / "spared.onnx").replace(path)
+                chosen, parity = spared
         candidates.append(Candidate(name, path, chosen, parity, precision_found(path)))
     if not candidates:
         raise QuantizationError(f"{component} has nothing that a recipe could quantize; leave it out with --component")
@@ -96,8 +103,15 @@ def quantize_component(
     judge_speed(component, model_path, correct, _feeds(samples, batch), seed=seed, threads=threads, rounds=rounds)
     advance()
     survivors = [candidate for candidate in correct if candidate.refused is None]
-    best = max(survivors, key=lambda candidate: (candidate.speedup or {})["median"], default=None)
-    return best, [candidate for candidate in candidates if candidate.refused is not None]
+    return _best(survivors), [candidate for candidate in candidates if candidate.refused is not None]
+
+
+def _best(survivors: Sequence[Candidate]) -> Candidate | None:
+    """The fastest; of those that are not surely slower than it, the smallest file."""
+    speedups = {candidate.name: candidate.speedup or {} for candidate in survivors}
+    fastest = max((speedup["median"] for speedup in speedups.values()), default=0.0)
+    level = [candidate for candidate in survivors if speedups[candidate.name]["ci95_high"] >= fastest]
+    return min(level, key=lambda candidate: candidate.path.stat().st_size, default=None)
 
 
 def judge_speed(

@@ -22,7 +22,7 @@ def select_nodes(model: Any, recipe: Recipe) -> list[Any]:
     for node in model.graph.node:
         if node.op_type not in recipe.op_types or len(node.input) < 2 or node.input[1] not in shapes:
             continue
-        if node.input[0] in shapes:
+        if node.input[0] in shapes or node.name in recipe.keep_float:
             continue
         shape = shapes[node.input[1]]
         if node.op_type == "Conv":

@@ -23,6 +23,7 @@ class Recipe:
     min_channels: int = 8  # a convolution with fewer in- or output channels (the first, the last) stays float
     quantize_outputs: tuple[str, ...] = ("Conv",)  # ops whose INT8 kernel can only write INT8
     range_method: str = "minmax"  # one of RANGE_METHODS
+    keep_float: tuple[str, ...] = ()  # names of nodes that are not quantized
     reduce_range: bool = False  # 7-bit weights: without VNNI the 8-bit products saturate in 16-bit sums
 
     def to_dict(self) -> dict[str, Any]:

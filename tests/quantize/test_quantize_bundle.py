@@ -15,7 +15,7 @@ from onnx import helper, numpy_helper
 from ldm_deploy.errors import QuantizationError, StageMissingError
 from ldm_deploy.eval.budget import load_budget
 from ldm_deploy.eval.parity import ParityResult, Probe, write_probes
-from ldm_deploy.quantize import candidates
+from ldm_deploy.quantize import candidates, sparing
 from ldm_deploy.quantize.calibration import CalibrationSet, Samples, collect, write_calibration
 from ldm_deploy.quantize.candidates import Candidate, judge_speed, quantize_component
 from ldm_deploy.quantize.profile import OpCost, profile_ops, slower_ops, summarize_events
@@ -143,6 +143,7 @@ def test_a_wrong_engine_is_refused_whatever_its_speed(
         return result
 
     monkeypatch.setattr(candidates, "quantize_graph", swapped)
+    monkeypatch.setattr(sparing, "quantize_graph", swapped)
     data = quantize(source, tmp_path / "out")
     assert len(data["refused"]) == 3
     for entry in data["refused"]:

@@ -1,0 +1,107 @@
+"""The nodes that quantization hurts are found and stay in float, and no others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from ldm_deploy.eval.parity import Probe
+from ldm_deploy.onnx_graph import load_model
+from ldm_deploy.quantize.candidates import Candidate, _best
+from ldm_deploy.quantize.onnxruntime_cpu import RECIPES, observe_graph
+from ldm_deploy.quantize.qdq import select_nodes
+from ldm_deploy.quantize.sparing import fewest, spare
+from ldm_deploy.runtime.engines import OnnxRuntimeEngine
+
+WIDTH = 32
+
+
+@pytest.fixture
+def graph(tmp_path: Path) -> Path:
+    """Twelve MatMuls side by side, added up. What node 7 reads has one channel a thousand times as large as the others,
+    which its weights do not look at: one scale for all channels leaves the others nothing."""
+    draw = np.random.default_rng(0)
+    nodes, constants, total = [], [], "x"
+    outlier = np.ones(WIDTH, np.float32)
+    outlier[0] = 1000
+    constants.append(numpy_helper.from_array(outlier, "outlier"))
+    nodes.append(helper.make_node("Mul", ["x", "outlier"], ["stretched"], name="stretch"))
+    for index in range(12):
+        weight = draw.standard_normal((WIDTH, WIDTH)).astype(np.float32) / 8
+        if index == 7:
+            weight[0] = 0
+        constants.append(numpy_helper.from_array(weight, f"w{index}"))
+        source = "stretched" if index == 7 else "x"
+        nodes.append(helper.make_node("MatMul", [source, f"w{index}"], [f"y{index}"], name=f"product{index}"))
+        nodes.append(helper.make_node("Add", [total, f"y{index}"], [f"sum{index}"], name=f"add{index}"))
+        total = f"sum{index}"
+    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", WIDTH]) for name in ("x", total)]
+    model = helper.make_model(
+        helper.make_graph(nodes, "g", value[:1], value[1:], constants),
+        opset_imports=[helper.make_opsetid("", 18)], ir_version=10,
+    )  # fmt: skip
+    path = tmp_path / "graph.onnx"
+    onnx.save(model, str(path))
+    return path
+
+
+def run(graph: Path, tmp_path: Path, limit: float):
+    draw = np.random.default_rng(1)
+    feeds = [{"x": draw.standard_normal((4, WIDTH)).astype(np.float32)} for _ in range(4)]
+    engine = OnnxRuntimeEngine(graph, threads=1)
+    probes = [Probe(one, engine.run(one)) for one in feeds]
+    histograms = observe_graph(graph, feeds, threads=1)
+    return spare(graph, tmp_path / "out.onnx", RECIPES["matmul"], histograms, probes, limit, threads=1)
+
+
+def test_the_planted_node_is_spared_and_no_other(graph: Path, tmp_path: Path) -> None:
+    assert len(select_nodes(load_model(graph), RECIPES["matmul"])) == 12
+    found = run(graph, tmp_path, 0.05)
+    assert found is not None
+    recipe, parity = found
+    assert recipe.keep_float == ("product7",)
+    assert parity.passed
+    assert parity.limit == 0.05
+    weights = {tensor.name: tensor.data_type for tensor in load_model(tmp_path / "out.onnx").graph.initializer}
+    assert weights["w7"] == TensorProto.FLOAT
+    assert sum(name.endswith("_quantized") and kind == TensorProto.INT8 for name, kind in weights.items()) == 11
+
+
+def test_a_limit_that_cannot_be_kept_leaves_no_file(graph: Path, tmp_path: Path) -> None:
+    assert run(graph, tmp_path, 1e-6) is None
+    assert not (tmp_path / "out.onnx").exists()
+
+
+@pytest.mark.parametrize("least", [1, 2, 5, 9, 10])
+def test_fewest_finds_the_smallest_count(least: int) -> None:
+    asked: list[int] = []
+
+    def enough(count: int) -> bool:
+        asked.append(count)
+        return count >= least
+
+    assert fewest(10, enough) == least
+    assert len(asked) <= 5
+    assert fewest(10, lambda count: False) is None
+    assert fewest(0, lambda count: True) is None
+
+
+def test_of_equally_fast_engines_the_smaller_is_kept(tmp_path: Path) -> None:
+    def candidate(name: str, size: int, median: float, high: float) -> Candidate:
+        path = tmp_path / name
+        path.write_bytes(b"0" * size)
+        speedup = {"median": median, "ci95_low": 1.0, "ci95_high": high}
+        return Candidate(name, path, RECIPES["conv"], parity=None, found={}, speedup=speedup)  # type: ignore[arg-type]
+
+    large, small, slow = (
+        candidate("large", 9, 1.4, 1.5),
+        candidate("small", 5, 1.3, 1.41),
+        candidate("slow", 1, 1.1, 1.39),
+    )
+    assert _best([large, small, slow]) is small
+    assert _best([large, slow]) is large
+    assert _best([]) is None
