@@ -41,6 +41,7 @@ def score_reference(
     from ldm_deploy.models.reference import load_reference, reference_digest
     from ldm_deploy.models.torch_engine import torch_pipeline
     from ldm_deploy.training.data import load_images
+    from ldm_deploy.training.preview import write_grid
 
     reference = load_reference(directory)
     height, width = reference.model["default_size"]
@@ -56,7 +57,8 @@ def score_reference(
             grid = load_grid(reference.model.get("prompts", {}).get("report"))
     samples = draw(pipeline, grid, steps)
     if picture is not None:
-        _write_picture(picture, samples[:: len(grid.seeds)])
+        firsts = list(samples[:: len(grid.seeds)])
+        write_grid(picture, firsts, columns=min(10, len(firsts)))
     guidance = pipeline.guidance_scale
     return {
         "format": 1,
@@ -84,17 +86,6 @@ def draw(pipeline: Pipeline, grid: Grid, steps: int | None = None, guidance_scal
 
 def _sampling(pipeline: Pipeline, steps: int | None, guidance_scale: float) -> dict[str, Any]:
     return {"sampler": pipeline.sampler, "steps": steps or pipeline.steps, "guidance_scale": guidance_scale}
-
-
-def _write_picture(path: Path, samples: np.ndarray) -> None:
-    from PIL import Image
-
-    count, height, width, _ = samples.shape
-    sheet = np.full((-(-count // 10) * height, min(10, count) * width, 3), 255, np.uint8)
-    for index, sample in enumerate(samples):
-        top, left = index // 10 * height, index % 10 * width
-        sheet[top : top + height, left : left + width] = sample
-    Image.fromarray(sheet).save(path)
 
 
 def reconstruct_held_out(pipeline: Pipeline, images: ImageSet) -> dict[str, Any]:

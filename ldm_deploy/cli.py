@@ -26,7 +26,6 @@ Threads = Annotated[int | None, Option("--threads", min=1, help="CPU threads (al
 Quiet = Annotated[bool, Option("--quiet", help="Show no progress.")]
 
 Bundle = Annotated[Path, Argument(metavar="BUNDLE", help="A bundle directory.")]
-ReferenceDir = Annotated[Path, Argument(metavar="REFERENCE_DIR", help="A reference directory.")]
 Source = Annotated[str, Argument(metavar="SOURCE", help="A reference directory, or 'reference' (shipped).")]
 Out = Annotated[Path, Option("--out", metavar="DIR", help="Where the result goes.")]
 Budget = Annotated[Path | None, Option("--budget", metavar="B.toml", help="Limits (the shipped ones).")]
@@ -173,7 +172,7 @@ def quantize(
 
 @command
 def distill(
-    reference: ReferenceDir,
+    reference: Source,
     recipe: Annotated[str, Option("--recipe", metavar="R", help="steps, decoder or prune.")],
     out: Out,
     json: Json = None, seed: Seed = 0, threads: Threads = None, quiet: Quiet = False,
@@ -184,7 +183,7 @@ def distill(
 
 @command
 def analyze(
-    reference: Annotated[str, Argument(metavar="REFERENCE_DIR", help="A reference, or 'reference' (shipped).")],
+    reference: Source,
     data: Annotated[str | None, Option("--data", metavar="PATH", help="A folder, a zip or 'photos'.")] = None,
     out: Annotated[Path, Option("--out", metavar="DIR", help="For the page.")] = Path("build/analysis"),
     study_steps: Annotated[int, Option("--study-steps", min=0, help="Also train ten autoencoders, so long.")] = 0,

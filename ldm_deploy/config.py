@@ -255,7 +255,7 @@ class Config:
         return {"format": 1, **asdict(self)}
 
 
-# name       (autoencoder: steps, batch, rate)   (diffusion: steps, batch, rate)   changed models
+# stages: (steps, batch, learning rate) of the autoencoder, then of diffusion; models where they differ from the default
 PRESETS: dict[str, Config] = {
     "reference": Config("reference", StageConfig(6400, 16, 2.0e-3), StageConfig(20000, 32, 1.0e-3),
                         autoencoder=AutoencoderConfig(32, (1, 2, 3), 1, 6, 8, "sd1"),

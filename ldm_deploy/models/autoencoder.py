@@ -1,6 +1,7 @@
-"""The KL autoencoder: images to latents that a diffusion model can be trained on, and back.
+"""The autoencoder, KL or VQ: images to latents that a diffusion model can be trained on, and back.
 
-Rombach et al. 2022, arXiv:2112.10752, section 3.1 and appendix G; Kingma and Welling 2014, arXiv:1312.6114.
+Rombach et al. 2022, arXiv:2112.10752, section 3.1 and appendix G; Kingma and Welling 2014, arXiv:1312.6114; van den
+Oord et al. 2017, arXiv:1711.00937.
 """
 
 from __future__ import annotations
@@ -87,8 +88,7 @@ class Autoencoder(nn.Module):
 
     With `kind` "vq" there is no Gaussian: the log-variance is its lower limit, and the decoder begins with a codebook
     of `codebook_size` entries (`models/vq.py`). Level i has ch · ch_mult[i] channels, from the image's resolution down;
-    downsampling factor f = 2^(levels - 1).
-    Heights and widths must be multiples of f; any batch, height and width will do otherwise.
+    downsampling factor f = 2^(levels - 1). Heights and widths must be multiples of f.
     """
 
     def __init__(

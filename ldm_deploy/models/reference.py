@@ -133,7 +133,10 @@ def load_reference(source: str | Path) -> Reference:
 def describe(
     config: Config, scale_factor: float, text_encoder: Mapping[str, Any], prompts: Mapping[str, Sequence[str]]
 ) -> dict[str, Any]:
-    """The content of model.json. `text_encoder`: its kind and arguments; `prompts`: see `training/prompts.py`."""
+    """The content of model.json.
+
+    `text_encoder`: its kind and arguments; `prompts`: see `choose_prompts` in `training/conditioning.py`.
+    """
     autoencoder, unet = config.autoencoder, config.unet
     guidance_scale = 1.0 if config.conditioning == "none" else 5.0  # without a condition there is none to follow
     return {

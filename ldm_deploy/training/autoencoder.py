@@ -89,7 +89,6 @@ def train_autoencoder(
         quantizer.follow_mean()
     last_layer = cast("nn.Conv2d", model.decoder.layers[-1]).weight
     used: list[tuple[slice, Tensor, Tensor]] = []  # rows, latents, codes of this step, for the codebook's statistics
-
     dropouts = [module for module in model.modules() if isinstance(module, Dropout) and module.rate]
 
     def reconstruct(step: int, rows: slice) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:

@@ -17,6 +17,7 @@ from ldm_deploy.training.data import ImageSet, load_images, resize
 from ldm_deploy.training.model_card import model_card
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from torch import Tensor
 
     from ldm_deploy.training.loop import Measure
@@ -55,7 +56,7 @@ def train(
     import torch
 
     from ldm_deploy.models.clip import WEIGHTS_FILE
-    from ldm_deploy.models.reference import describe, load_reference, reference_digest, save_reference
+    from ldm_deploy.models.reference import describe, load_reference, reference_digest
     from ldm_deploy.training.autoencoder import train_autoencoder
     from ldm_deploy.training.conditioning import choose_prompts, conditioning
     from ldm_deploy.training.diffusion import encode_images, latent_scale, train_denoiser
@@ -132,11 +133,6 @@ def train(
         ),
     )  # fmt: skip
 
-    weights = {
-        "autoencoder": autoencoder.state_dict(),
-        "text_encoder": denoiser.text_encoder.state_dict(),
-        "unet": merged_state(denoiser.unet),
-    }
     stages = ("autoencoder", "diffusion") if initial is None else ("diffusion",)
     record: dict[str, Any] = {
         "command": _command(config, data, out, init_from),
@@ -153,21 +149,39 @@ def train(
     }
     if initial is not None:
         record["init_from"] = {"name": initial.model["name"], "digest": key["init_from"]}
-    if not team.first:
-        team.wait()
-        return record
+    if team.first:
+        weights = {
+            "autoencoder": autoencoder.state_dict(),
+            "text_encoder": denoiser.text_encoder.state_dict(),
+            "unet": merged_state(denoiser.unet),
+        }
+        figures = None if score is None else lambda directory: score(directory, data, directory / PICTURE)
+        _write(out, model, weights, tokenizer, record, figures)
+    team.wait()
+    return record
+
+
+def _write(
+    out: Path,
+    model: Mapping[str, Any],
+    weights: Mapping[str, Mapping[str, Tensor]],
+    tokenizer: Tokenizer,
+    record: dict[str, Any],
+    figures: Callable[[Path], Mapping[str, Any]] | None,
+) -> None:
+    """The reference directory with its model card; `figures` of the finished directory are added to `record`."""
+    from ldm_deploy.models.reference import save_reference
+
     with staged_directory(out) as staging:
         save_reference(staging, model, weights)
         tokenizer.save(str(staging / "tokenizer.json"))
-        if score is not None:
-            record["figures"] = dict(score(staging, data, staging / PICTURE))
+        if figures is not None:
+            record["figures"] = dict(figures(staging))
         (staging / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         (staging / "README.md").write_text(
             model_card(record, PICTURE if (staging / PICTURE).exists() else None), encoding="utf-8"
         )
-        write_manifest(staging, "reference", content_key(record), {"data": images.digest})
-    team.wait()
-    return record
+        write_manifest(staging, "reference", content_key(record), {"data": record["data"]["digest"]})
 
 
 def _autoencoder_key(config: Config, data: ImageSet) -> str:
