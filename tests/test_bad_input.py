@@ -303,7 +303,11 @@ def test_ctrl_c(bundle: Path) -> None:
     image = bundle.parent / "image.png"
     command = [sys.executable, "-m", "ldm_deploy", "sample", str(bundle), "sun", "--out", str(image)]
     command += ["--steps", "1000", "--size", "2048x2048"]  # minutes, on any machine
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as child:
+
+    def heed() -> None:  # a shell lets its background jobs ignore Ctrl-C, and their children inherit that
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed) as child:
         try:
             assert child.stderr is not None
             assert "drawing: " in child.stderr.readline()
