@@ -94,11 +94,9 @@ def train_denoiser(
         model.text_encoder.requires_grad_(False)
 
     total = config.schedule.num_train_timesteps
-    weights = torch.ones(total, device=device)
-    if config.objective.min_snr_gamma:
-        weights = torch.from_numpy(
-            min_snr_weights(config.schedule.alphas_cumprod, config.objective.min_snr_gamma, kind)
-        ).to(device, torch.float32)
+    gamma = config.objective.min_snr_gamma
+    weighted = min_snr_weights(config.schedule.alphas_cumprod, gamma, kind) if gamma else np.ones(total)
+    weights = torch.from_numpy(weighted).to(device, torch.float32)
 
     def loss(step: int, part: slice) -> tuple[Tensor, Mapping[str, float]]:
         mean, std = latents(stage.resolution(step, config.resolution))
