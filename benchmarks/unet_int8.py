@@ -29,6 +29,7 @@ from ldm_deploy.eval.machine import machine
 from ldm_deploy.eval.metrics import psnr_db
 from ldm_deploy.eval.parity import Probe, check_parity, compare_outputs, relative_error
 from ldm_deploy.export.to_onnx import component_axes, export_module
+from ldm_deploy.models.components import SIGNATURES
 from ldm_deploy.onnx_graph import precision_found
 from ldm_deploy.progress import note
 from ldm_deploy.quantize.calibration import collect
@@ -103,7 +104,7 @@ def benchmark(folder: Path, rounds: int, threads: int | None) -> dict[str, Any]:
         "encoder_hidden_states": rng.standard_normal((2, *CONTEXT), np.float32),
     }
     start = time.monotonic()
-    export_module(module, example, *component_axes("unet", 8), fp32, component="unet")
+    export_module(module, example, *component_axes("unet", 8, SIGNATURES["unet"]), fp32, component="unet")
     note(f"exported {parameters / 1e6:.1f} M parameters in {time.monotonic() - start:.0f} s")
 
     engine = OnnxRuntimeEngine(fp32, threads=threads)

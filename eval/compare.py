@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ldm_deploy.errors import ArtifactError
+from ldm_deploy.errors import ArtifactError, EvaluationError
 from ldm_deploy.eval.budget import Budget, load_budget
 from ldm_deploy.eval.choose import choose, judge_variant
 from ldm_deploy.eval.grid import Grid, load_grid
@@ -60,6 +60,8 @@ def evaluate_bundle(
 
     started = datetime.now(UTC)
     data = read_bundle(bundle).data
+    if data["model"] is None:
+        raise EvaluationError(f"bundle {bundle} holds single components and draws nothing; export a whole model")
     grid = load_grid(prompts or data["model"].get("prompts", {}).get("report"), seeds)
     threads = threads or usable_threads()
     before = machine(threads)
@@ -125,11 +127,11 @@ def judge(
 
 def find_reference(wanted: str | None, given: Path | None) -> tuple[Path | None, str | None]:
     """(directory of the fp32 model with the digest `wanted`, None), or (None, why there is no baseline)."""
-    from ldm_deploy.models.reference import reference_digest, resolve_reference
+    from ldm_deploy.models.sources import resolve_source, source_digest
 
     try:
-        path = resolve_reference("reference" if given is None else given)
-        digest = reference_digest(path)
+        path = resolve_source("reference" if given is None else given)
+        digest = source_digest(path)
     except ArtifactError as error:
         if given is not None:
             raise
@@ -144,9 +146,9 @@ def sampling_of(data: Mapping[str, Any], source: Path | None) -> Record:
     """sampler, steps and guidance_scale of the baseline; without one, of the bundle's default variant."""
     keys = ("sampler", "steps", "guidance_scale")
     if source is not None:
-        from ldm_deploy.models.reference import read_model
+        from ldm_deploy.models.sources import read_sampling
 
-        return {key: read_model(source)["sampling"].get(key) for key in keys}
+        return {key: read_sampling(source).get(key) for key in keys}
     variants: dict[str, Record] = {variant["name"]: variant for variant in data["variants"]}
     default = variants.get(data.get("default_variant") or "") or next(iter(variants.values()), {})
     return {key: default.get(key) for key in keys}

@@ -31,13 +31,13 @@ def size_bytes(files: Iterable[Path]) -> int:
     return sum(file.stat().st_size for file in sorted(set(files)))
 
 
-def fp32_size_bytes(reference: Path) -> int:
-    """What a reference's weights take as fp32, which is what the baseline computes with and an fp32 engine holds.
+def fp32_size_bytes(weights: Iterable[Path]) -> int:
+    """What a model's weights take as fp32, which is what the baseline computes with and an fp32 engine holds.
 
     Read from the headers of the safetensors files (which may store them as fp16), without loading a weight.
     """
     total = 0
-    for file in sorted(reference.glob("*.safetensors")):
+    for file in weights:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             header = json.loads(stream.read(length))

@@ -38,7 +38,8 @@ def score_reference(
     the first sample of every prompt, ten in a row. Figures that need something absent are null with a reason. Raises
     `DataError` for data that does not open.
     """
-    from ldm_deploy.models.reference import load_reference, reference_digest
+    from ldm_deploy.models.reference import load_reference
+    from ldm_deploy.models.sources import source_digest
     from ldm_deploy.models.torch_engine import torch_pipeline
     from ldm_deploy.training.data import load_images
     from ldm_deploy.training.preview import write_grid
@@ -62,7 +63,7 @@ def score_reference(
     guidance = pipeline.guidance_scale
     return {
         "format": 1,
-        "reference": {"name": reference.model.get("name"), "digest": reference_digest(reference.directory)},
+        "reference": {"name": reference.model.get("name"), "digest": source_digest(reference.directory)},
         "data": {"digest": images.digest, "images": len(images.texts), "held_out": int(images.held_out.sum())},
         "held_out": reconstruct_held_out(pipeline, images),
         "photographs": reconstruct_photographs(pipeline),

@@ -13,6 +13,7 @@ from ldm_deploy.eval.measure import BASELINE, Measured
 from ldm_deploy.eval.memory import fp32_size_bytes, size_bytes
 from ldm_deploy.eval.metrics import ratio_ci
 from ldm_deploy.eval.quality import METRICS, compare_images, constant_images, flat_reason, not_measured
+from ldm_deploy.models.sources import weight_files
 
 COARSEST_FIRST = ("w4", "w8", "int8", "mixed", "bf16", "fp16", "fp32")  # a variant is named after its coarsest engine
 
@@ -25,8 +26,8 @@ def baseline_row(source: Path | None, reason: str | None, found: Measured) -> Ro
     row |= {"peak_memory_bytes": None, "size_bytes": None, "stored_bytes": None, "components": []}
     if source is None:
         return row
-    row["size_bytes"] = fp32_size_bytes(source)
-    row["stored_bytes"] = size_bytes(source.glob("*.safetensors"))
+    weights = weight_files(source)
+    row["size_bytes"], row["stored_bytes"] = fp32_size_bytes(weights), size_bytes(weights)
     if BASELINE in found.failed:
         return row | {"status": "failed", "reason": found.failed[BASELINE]}
     components = [

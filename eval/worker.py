@@ -28,10 +28,10 @@ class Subject:
 
             self.pipeline = ldm_deploy.load(spec["bundle"], variant=spec["variant"], threads=threads, spinning=False)
         elif kind == "reference":
-            from ldm_deploy.models.reference import load_reference
+            from ldm_deploy.models.sources import load_source
             from ldm_deploy.models.torch_engine import torch_pipeline
 
-            self.pipeline = torch_pipeline(load_reference(spec["path"]), threads)
+            self.pipeline = torch_pipeline(load_source(spec["path"]), threads)
         elif kind == "engine":
             self.single = _open_engine(spec, threads)
         elif kind == "factory":

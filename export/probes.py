@@ -6,7 +6,7 @@ decoder; batch sizes, resolutions and caption lengths differ from probe to probe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy as np
 from ldm_deploy.eval.parity import Arrays, Probe, Runnable
 
 if TYPE_CHECKING:
-    from ldm_deploy.models.reference import Reference
+    from ldm_deploy.models.sources import Source
 
 CAPTIONS = ("red apple", "cat face", "rocket")
 STEPS = 4
@@ -36,48 +36,58 @@ class Recorder:
         return outputs
 
 
-def make_probes(reference: Reference, *, seed: int = 0, threads: int | None = None) -> dict[str, list[Probe]]:
-    """component -> probes with torch's fp32 outputs. About 0.3 MB for a model that draws 64x64."""
+def make_probes(
+    source: Source, *, components: Sequence[str] | None = None, seed: int = 0, threads: int | None = None
+) -> dict[str, list[Probe]]:
+    """component -> probes with torch's fp32 outputs. About 0.3 MB for a model that draws 64x64.
+
+    `components`: those that are wanted (all); the autoencoder does not run where neither half of it is.
+    """
     from ldm_deploy.models.torch_engine import torch_engines
     from ldm_deploy.runtime.pipeline import Pipeline
     from ldm_deploy.runtime.tokenizer import Tokenizer
 
-    model = reference.model
-    recorders = {name: Recorder(engine) for name, engine in torch_engines(reference, threads).items()}
-    tokenizer = Tokenizer(reference.tokenizer_path, model["context_length"])
-    pipeline = Pipeline(recorders, tokenizer, model, reference.schedule, model["sampling"])
-    probes: dict[str, list[Probe]] = {name: [] for name in recorders}
+    model = source.model
+    recorders = {name: Recorder(engine) for name, engine in torch_engines(source, threads).items()}
+    tokenizer = Tokenizer(source.tokenizer_text(), model["context_length"])
+    pipeline = Pipeline(recorders, tokenizer, model, source.schedule, {**model["sampling"], "sampler": "ddim"})
+    wanted = list(recorders) if components is None else list(components)
+    probes: dict[str, list[Probe]] = {name: [] for name in wanted}
     unit = model["size_multiple"]
     guidance = model["sampling"]["guidance_scale"]
     height, width = model["default_size"]
     known = model.get("prompts", {}).get("report") or CAPTIONS
     texts = [known[index % len(known)] for index in range(3)]
-    # captions, (height, width), guidance: U-Net batches of 1, 2 and 3
+    # captions, (height, width), guidance, steps: U-Net batches of 1, 2 and 3
     runs = (
-        (texts[:1], (height, width), 1.0),
-        (texts[: 2 if guidance == 1 else 1], (2 * unit, 3 * unit), guidance),
-        (texts, (3 * unit, 2 * unit), 1.0),
+        (texts[:1], (height, width), 1.0, 2),
+        (texts[: 2 if guidance == 1 else 1], (2 * unit, 3 * unit), guidance, STEPS),
+        (texts, (3 * unit, 2 * unit), 1.0, STEPS),
     )
-    for captions, size, scale in runs:
+    for captions, size, scale, steps in runs:
         seeds = [seed + index for index in range(len(captions))]
-        images = pipeline(captions, seed=seeds, steps=STEPS, guidance_scale=scale, size=size)
-        pipeline.encode(images)
+        latents = pipeline.sample_latents(captions, seed=seeds, steps=steps, guidance_scale=scale, size=size)
+        if "vae_decoder" in wanted or "vae_encoder" in wanted:
+            pipeline.encode(pipeline.decode(latents))
         calls = {name: recorder.calls for name, recorder in recorders.items()}
-        steps = calls["unet"]
-        # The start (pure noise) and one step on the way; then two timesteps in one batch, as a server would ask.
-        probes["unet"] += [steps[0], steps[-2]]
-        if scale != 1.0:
-            probes["unet"].append(_again(recorders["unet"], _joined(steps[1], steps[-1])))
+        if "unet" in wanted:
+            # The start (pure noise) and one step on the way; then two timesteps in one batch, as a server would ask.
+            steps_taken = calls["unet"]
+            probes["unet"] += [steps_taken[0], steps_taken[max(1, len(steps_taken) - 2)]]
+            if scale != 1.0:
+                probes["unet"].append(_again(recorders["unet"], _joined(steps_taken[1], steps_taken[-1])))
         for name in ("text_encoder", "vae_encoder", "vae_decoder"):
-            probes[name] += calls[name][-1:]
+            if name in wanted:
+                probes[name] += calls[name][-1:]
         for recorder in recorders.values():
             recorder.calls = []
     # A shorter caption than the tokenizer pads to.
     for name, key in (("text_encoder", "input_ids"), ("unet", "encoder_hidden_states")):
-        last = probes[name][-1].inputs
-        probes[name].append(
-            _again(recorders[name], {**last, key: np.ascontiguousarray(last[key][:, : last[key].shape[1] // 2])})
-        )
+        if name in wanted:
+            last = probes[name][-1].inputs
+            probes[name].append(
+                _again(recorders[name], {**last, key: np.ascontiguousarray(last[key][:, : last[key].shape[1] // 2])})
+            )
     return probes
 
 

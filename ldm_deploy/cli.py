@@ -131,17 +131,25 @@ def train(
 def export(
     source: Source,
     out: Out,
-    precision: Annotated[str, Option("--precision", metavar="P", help="fp32 (later fp16, bf16).")] = "fp32",
+    precision: Annotated[str, Option("--precision", metavar="P", help="fp32 or bf16 (fp16: later).")] = "fp32",
     target: Annotated[str, Option("--target", metavar="T", help="<runtime>-<device>.")] = "onnxruntime-cpu",
     component: Component = None,
     json: Json = None, seed: Seed = 0, threads: Threads = None, quiet: Quiet = False,
 ) -> Result:  # fmt: skip
-    """Turn a reference into ONNX engines checked against torch."""
-    commands.check_source(source)
+    """Turn a model into engines checked against torch."""
     commands.check_words(precisions=[precision], targets=[target], components=component)
-    from ldm_deploy.export.to_onnx import export_reference
+    if commands.is_function(source):
+        if component is None or len(component) != 1:
+            allowed = ", ".join(commands.COMPONENTS[:-1])
+            raise ConfigError(f"{source} makes one component; say with --component which it is: {allowed}")
+        from ldm_deploy.export.foreign import export_function
 
-    export_reference(source, out, precision=precision, components=component or None, seed=seed, threads=threads)
+        export_function(source, component[0], out, precision=precision, target=target, threads=threads)
+        return commands.read_json(out / "bundle.json"), 0
+    from ldm_deploy.export.export import export_source
+
+    variants = [(precision, target)]
+    export_source(source, out, variants=variants, components=component or None, seed=seed, threads=threads)
     return commands.read_json(out / "bundle.json"), 0
 
 
@@ -242,11 +250,12 @@ def optimize(
     json: Json = None, seed: Seed = 0, threads: Threads = None, quiet: Quiet = False,
 ) -> Result:  # fmt: skip
     """All of it, from a reference to a bundle that keeps its budget."""
-    commands.check_source(source)
+    if commands.is_function(source):
+        raise ConfigError(f"{source} makes one component, and optimize needs a whole model; use export --component")
     commands.check_words(targets=target)
     from ldm_deploy.optimize import optimize as run
 
-    targets = target or list(commands.TARGETS_BUILT)
+    targets = target or ["onnxruntime-cpu"]
     report = run(source, out, targets=targets, budget=budget, seed=seed, threads=threads)
     from ldm_deploy.eval.report import exit_code, print_table
 

@@ -19,11 +19,11 @@ TARGETS = (
     "torch-tensorrt-cuda",
     "aoti-cuda",
 )
-TARGETS_BUILT = ("onnxruntime-cpu",)
+TARGETS_BUILT = ("onnxruntime-cpu", "openvino-cpu")
 COMPONENTS = ("text_encoder", "unet", "vae_encoder", "vae_decoder", "pipeline")
 COMPONENTS_BUILT = ("text_encoder", "unet", "vae_encoder", "vae_decoder")
 PRECISIONS = ("fp32", "fp16", "bf16")
-PRECISIONS_BUILT = ("fp32",)
+PRECISIONS_BUILT = ("fp32", "bf16")
 IMAGE_FORMATS = {".png": "PNG", ".bmp": "BMP"}
 
 
@@ -47,15 +47,9 @@ def check_words(
                 raise StageMissingError(f"{kind} {word!r} is not built yet; there is: {', '.join(built)}")
 
 
-def check_source(source: str) -> None:
-    """Refuse the kinds of source that only a later version reads; the rest is for `resolve_reference`."""
-    kind = None
-    if (Path(source) / "model_index.json").is_file():
-        kind = "a diffusers directory"
-    elif re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", source) and not Path(source).exists():
-        kind = "a module:function"
-    if kind is not None:
-        raise StageMissingError(f"{source} is {kind}, not built yet as a source; there is: a reference")
+def is_function(source: str) -> bool:
+    """Whether a source is `module:function`, one of the user's own."""
+    return re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", source) is not None and not Path(source).exists()
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:
@@ -99,15 +93,10 @@ def show_bundle(bundle: Path) -> dict[str, Any]:
     from ldm_deploy.runtime.bundle import read_bundle
 
     data = read_bundle(bundle).data
-    model, schedule = data["model"], data["schedule"]
-    height, width = model["default_size"]
-    print(f"{data['name']} (format {data['format']}, {data['created']}), licence {model['license']}")
-    print(
-        f"  {model['kind']}, {height}x{width} pixels by default, any multiple of {model['size_multiple']}; "
-        f"prompts of up to {model['context_length']} tokens; {schedule['prediction_type']}, "
-        f"{schedule['num_train_timesteps']} timesteps"
-    )
-    print("variants")
+    print(f"{data['name']} (format {data['format']}, {data['created']})")
+    if data["model"] is not None:
+        _show_model(data["model"], data["schedule"])
+    print("variants" if data["variants"] else "no variant: components only")
     for variant in data["variants"]:
         default = "  (default)" if variant["name"] == data["default_variant"] else ""
         drawing = f"{variant['sampler']}, {variant['steps']} steps, guidance {variant['guidance_scale']:g}"
@@ -125,6 +114,16 @@ def show_bundle(bundle: Path) -> dict[str, Any]:
     total = sum(entry["size"] for entry in data["files"].values()) / 1e6
     print(f"{len(data['files'])} files, {total:.2f} MB; every digest matches")
     return data
+
+
+def _show_model(model: dict[str, Any], schedule: dict[str, Any]) -> None:
+    height, width = model["default_size"]
+    print(
+        f"  {model['kind']} (licence: {model['license']}), {height}x{width} pixels by default, "
+        f"any multiple of {model['size_multiple']}; "
+        f"prompts of up to {model['context_length']} tokens; {schedule['prediction_type']}, "
+        f"{schedule['num_train_timesteps']} timesteps"
+    )
 
 
 def draw(

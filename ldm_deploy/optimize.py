@@ -22,20 +22,21 @@ from ldm_deploy.artifact import (
 from ldm_deploy.errors import ConfigError
 from ldm_deploy.progress import note
 
-TARGETS = ("onnxruntime-cpu",)
-PACKAGES = ("ldm-deploy", "numpy", "onnx", "onnxruntime", "onnxscript", "torch")
+# What is tried for a target, beside what quantization makes of it.
+PRECISIONS = {"onnxruntime-cpu": ("fp32",), "openvino-cpu": ("fp32", "bf16")}
+PACKAGES = ("diffusers", "ldm-deploy", "numpy", "onnx", "onnxruntime", "onnxscript", "openvino", "torch")
 
 
 def optimize(
     source: str | Path,
     out: Path,
     *,
-    targets: Sequence[str] = TARGETS,
+    targets: Sequence[str] = ("onnxruntime-cpu",),
     budget: Path | None = None,
     seed: int = 0,
     threads: int | None = None,
 ) -> dict[str, Any]:
-    """Export, quantize, evaluate and bundle `source` ("reference" or a directory); returns report.json's content.
+    """Export, quantize, evaluate and bundle `source` (see `models.sources`) for `targets`; returns the report.
 
     Stages are kept in `<out>.stages/` under the digest of everything that went in, so that the same command, started
     again after it was killed, goes on where it stopped. `out` appears, or is replaced, only when it is complete.
@@ -45,41 +46,36 @@ def optimize(
     from ldm_deploy.eval.latency import machine
     from ldm_deploy.eval.lpips_distance import backbones_there
     from ldm_deploy.eval.report import write_report
-    from ldm_deploy.export.to_onnx import export_reference
-    from ldm_deploy.models.reference import reference_digest, resolve_reference
+    from ldm_deploy.export.export import export_source
+    from ldm_deploy.models.sources import resolve_source, source_digest
     from ldm_deploy.quantize.quantize import quantize_bundle
 
     for target in targets:
-        if target not in TARGETS:
-            raise ConfigError(f"target {target!r} is not built yet; there is: {', '.join(TARGETS)}")
+        if target not in PRECISIONS:
+            raise ConfigError(f"target {target!r} is not built yet; there is: {', '.join(PRECISIONS)}")
     check_replaceable(out)
     limits = load_budget(budget)
-    reference = resolve_reference(source)
+    reference = resolve_source(source)
     stages = out.with_name(out.name + ".stages")
     fingerprint = machine(threads)["fingerprint"]
 
-    exported = stages / "onnx"
+    variants = [(precision, target) for target in targets for precision in PRECISIONS[target]]
+    exported = stages / "exported"
+    # What a CPU can run is part of what is exported: the machine is in the key.
+    ingredients = {"seed": seed, "machine": fingerprint, "threads": threads, "versions": tool_versions(*PACKAGES)}
     key = _stage(
         exported,
-        {"reference": reference_digest(reference), "seed": seed, "versions": tool_versions(*PACKAGES)},
-        lambda directory: export_reference(reference, directory, precision="fp32", seed=seed, threads=threads),
+        {"source": source_digest(reference), "variants": variants, **ingredients},
+        lambda directory: export_source(reference, directory, variants=variants, seed=seed, threads=threads),
     )
-    # Which INT8 engine is kept depends on how fast it is here: the machine is part of the key.
-    quantized = stages / "quantized"
-    key = _stage(
-        quantized,
-        {
-            "onnx": key,
-            "targets": list(targets),
-            "seed": seed,
-            "budget": limits.digest,
-            "machine": fingerprint,
-            "threads": threads,
-        },
-        lambda directory: quantize_bundle(
-            exported, directory, target=targets[0], budget=limits, seed=seed, threads=threads
-        ),
-    )
+    quantized = exported
+    if "onnxruntime-cpu" in targets:
+        quantized = stages / "quantized"
+        key = _stage(
+            quantized,
+            {"exported": key, "budget": limits.digest, **ingredients},
+            lambda directory: quantize_bundle(exported, directory, budget=limits, seed=seed, threads=threads),
+        )
     evaluated = stages / "report"
 
     def evaluate(directory: Path) -> None:

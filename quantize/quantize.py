@@ -51,6 +51,8 @@ def quantize_bundle(
         raise StageMissingError(f"quantization for {target!r} is not built yet; there is: {TARGET}")
     limits = budget if isinstance(budget, Budget) else load_budget(budget)
     bundle = read_bundle(source)
+    if bundle.data["model"] is None:
+        raise QuantizationError(f"bundle {source} holds single components; calibration needs a whole model that draws")
     records = _fp32_records(bundle.data)
     wanted = list(components or COMPONENTS)
     for name in wanted:

@@ -107,10 +107,12 @@ def test_wrong_arguments_are_one_line_and_exit_2(ldm_deploy_cli: Cli, arguments:
     [
         (["distill", "reference", "--recipe", "steps", "--out", "d"], "distill is not built yet; there is: train"),
         (["optimize", "reference", "--out", "b", "--target", "tensorrt-cuda"], "there is: onnxruntime-cpu"),
-        (["quantize", "b", "--out", "c", "--target", "openvino-cpu"], "target 'openvino-cpu' is not built yet"),
+        (
+            ["quantize", "b", "--out", "c", "--target", "openvino-cpu"],
+            "for 'openvino-cpu' is not built yet",
+        ),
         (["export", "reference", "--out", "b", "--precision", "fp16"], "there is: fp32"),
         (["export", "reference", "--out", "b", "--component", "pipeline"], "there is: text_encoder, unet"),
-        (["export", "models.mine:make", "--out", "b"], "a module:function, not built yet as a source"),
         (["eval", "b", "--against", "report.json"], "--against is not built yet"),
     ],
 )
@@ -121,11 +123,16 @@ def test_what_is_not_built_is_one_line_and_exit_1(ldm_deploy_cli: Cli, arguments
     assert done.err.count("\n") == 1
 
 
-def test_a_diffusers_directory_is_not_built_yet(ldm_deploy_cli: Cli, tmp_path: Path) -> None:
-    (tmp_path / "model_index.json").write_text("{}")
-    done = ldm_deploy_cli("optimize", tmp_path, "--out", tmp_path / "out")
-    assert done.code == 1
-    assert "a diffusers directory, not built yet as a source" in done.err
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["optimize", "models.mine:make", "--out", "b"], "optimize needs a whole model; use export --component"),
+        (["export", "models.mine:make", "--out", "b"], "say with --component which it is: text_encoder, unet"),
+    ],
+)
+def test_a_function_makes_one_component(ldm_deploy_cli: Cli, arguments: list[str], message: str) -> None:
+    done = ldm_deploy_cli(*arguments)
+    assert (done.code, message in done.err) == (2, True)
 
 
 @pytest.mark.parametrize("code", [0, 3, 4])
@@ -167,7 +174,7 @@ def test_eval_scores_a_reference(
 
 def test_export_quantize_train_call_their_stages(ldm_deploy_cli: Cli, stage: Any, tmp_path: Path) -> None:
     (tmp_path / "bundle.json").write_text('{"format": 1}')
-    export = stage("ldm_deploy.export.to_onnx", "export_reference")
+    export = stage("ldm_deploy.export.export", "export_source")
     quantize = stage("ldm_deploy.quantize.quantize", "quantize_bundle")
     train = stage("ldm_deploy.training.train", "train", {})
     result = tmp_path / "result.json"

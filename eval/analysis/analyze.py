@@ -37,7 +37,8 @@ def analyze_reference(
     """
     import torch
 
-    from ldm_deploy.models.reference import load_reference, reference_digest
+    from ldm_deploy.models.reference import load_reference
+    from ldm_deploy.models.sources import source_digest
     from ldm_deploy.training.data import load_images
 
     if out.exists() and not out.is_dir():
@@ -53,7 +54,7 @@ def analyze_reference(
     result: dict[str, Any] = {
         "format": 1,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "reference": {"name": reference.model.get("name"), "digest": reference_digest(reference.directory)},
+        "reference": {"name": reference.model.get("name"), "digest": source_digest(reference.directory)},
         "data": {"digest": images.digest},
         "seed": seed,
         "machine": machine(threads),

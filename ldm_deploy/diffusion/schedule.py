@@ -14,7 +14,7 @@ from ldm_deploy.errors import ConfigError
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-TIMESTEP_SPACINGS = ("leading", "trailing")
+TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Schedule:
     rescale_zero_terminal_snr: bool = True
     timestep_spacing: str = "trailing"
     shift: float = 1.0
+    steps_offset: int = 1
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -52,6 +53,8 @@ class Schedule:
             )
         if not 0 < self.shift < math.inf:
             raise ConfigError(f"schedule: shift is {self.shift}; give a number above 0 (1: none)")
+        if self.steps_offset < 0:
+            raise ConfigError(f"schedule: steps_offset is {self.steps_offset}; give 0 or more (Stable Diffusion: 1)")
         if self.num_train_timesteps < 2:
             raise ConfigError(f"schedule: num_train_timesteps is {self.num_train_timesteps}; give 2 or more")
         if self.rescale_zero_terminal_snr and self.prediction_type == "epsilon":
@@ -97,11 +100,14 @@ class Schedule:
         """The timesteps a sampler of `steps` steps visits: int64 (steps,), descending.
 
         "trailing" always starts at T-1, as a zero-terminal-SNR schedule needs (Lin et al. 2023, section 3.3);
-        "leading" starts at T//steps * (steps - 1) + 1 as Stable Diffusion 1.x does (steps_offset = 1).
+        "leading" starts at T//steps * (steps - 1) + steps_offset, which is 1 in Stable Diffusion 1.x; "linspace" goes
+        from T-1 to 0, both included.
         """
         total = self.num_train_timesteps
         if not 1 <= steps <= total:
             raise ConfigError(f"steps is {steps}; allowed: 1 to {total}, the timesteps the model was trained on")
         if self.timestep_spacing == "trailing":
             return np.round(np.arange(total, 0, -total / steps)).astype(np.int64)[:steps] - 1
-        return np.minimum(np.arange(steps)[::-1] * (total // steps) + 1, total - 1).astype(np.int64)
+        if self.timestep_spacing == "linspace":
+            return np.round(np.linspace(0, total - 1, steps)[::-1]).astype(np.int64)
+        return np.minimum(np.arange(steps)[::-1] * (total // steps) + self.steps_offset, total - 1).astype(np.int64)

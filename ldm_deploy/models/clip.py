@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": functional.gelu}
-WEIGHTS_FILE = "model.safetensors"
+WEIGHTS_FILES = ("model.safetensors", "model.fp16.safetensors")
 
 
 class ClipBlock(nn.Module):
@@ -61,8 +61,14 @@ class ClipTextEncoder(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        x = self.token_embedding(input_ids) + self.position_embedding.weight[: input_ids.shape[1]]
-        return self.norm(self.blocks(x))
+        return self.norm(self.blocks(self._embed(input_ids)))
+
+    def penultimate(self, input_ids: Tensor) -> Tensor:
+        """The states before the last block, without the final norm, as Stable Diffusion XL uses them."""
+        return self.blocks[:-1](self._embed(input_ids))
+
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        return self.token_embedding(input_ids) + self.position_embedding.weight[: input_ids.shape[1]]
 
 
 def read_clip_config(directory: Path) -> dict[str, Any]:
@@ -99,13 +105,19 @@ def read_clip_config(directory: Path) -> dict[str, Any]:
     }
 
 
+def weights_file(directory: Path) -> Path:
+    """The first of `WEIGHTS_FILES` that is there."""
+    paths = [directory / name for name in WEIGHTS_FILES]
+    return next((path for path in paths if path.is_file()), paths[0])
+
+
 def load_clip(directory: Path) -> ClipTextEncoder:
     """The text encoder in evaluation mode, fp32. Raises `ArtifactError` for weights that are missing or do not fit."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     module = ClipTextEncoder(**read_clip_config(directory))
-    path = directory / WEIGHTS_FILE
+    path = weights_file(directory)
     try:
         theirs = {name.removeprefix("text_model."): value for name, value in load_file(path).items()}
     except (OSError, SafetensorError) as error:
@@ -134,14 +146,14 @@ def load_clip(directory: Path) -> ClipTextEncoder:
     return module.eval().requires_grad_(False)
 
 
-def load_clip_tokenizer(directory: Path, context_length: int) -> Tokenizer:
-    """The tokenizer of the same directory (or of `tokenizer` beside it), padding to `context_length`, cutting nothing.
+def load_clip_tokenizer(directory: Path, context_length: int, *, folder: str = "tokenizer") -> Tokenizer:
+    """The tokenizer of the same directory (or of `folder` beside it), padding to `context_length`, cutting nothing.
 
     Raises `ArtifactError` if there is none.
     """
     import tokenizers
 
-    places = [directory, directory.parent / "tokenizer"]
+    places = [directory, directory.parent / folder]
     for place in places:
         if (place / "tokenizer.json").is_file():
             tokenizer = tokenizers.Tokenizer.from_file(str(place / "tokenizer.json"))

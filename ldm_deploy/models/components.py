@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from ldm_deploy.models.autoencoder import Autoencoder
-    from ldm_deploy.models.reference import Reference
 
-# component -> (input names, output names), in the order of the module's forward
-SIGNATURES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+Signature = tuple[tuple[str, ...], tuple[str, ...]]  # (input names, output names), in the order of the module's forward
+
+SIGNATURES: dict[str, Signature] = {
     "text_encoder": (("input_ids",), ("encoder_hidden_states",)),
     "unet": (("sample", "timestep", "encoder_hidden_states"), ("prediction",)),
     "vae_encoder": (("image",), ("latent_mean", "latent_logvar")),
@@ -39,13 +39,3 @@ class VaeDecoder(nn.Module):
 
     def forward(self, latent: Tensor) -> Tensor:
         return self.autoencoder.decode(latent)
-
-
-def component_modules(reference: Reference) -> dict[str, nn.Module]:
-    """component name -> module in evaluation mode; see `SIGNATURES`."""
-    return {
-        "text_encoder": reference.text_encoder,
-        "unet": reference.unet,
-        "vae_encoder": VaeEncoder(reference.autoencoder).eval(),
-        "vae_decoder": VaeDecoder(reference.autoencoder).eval(),
-    }

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm_deploy.artifact import atomic_write_bytes, atomic_write_json, content_key, file_digest
+from ldm_deploy.artifact import atomic_write_bytes, atomic_write_json
 from ldm_deploy.diffusion.schedule import Schedule
-from ldm_deploy.errors import ArtifactError, StageMissingError
+from ldm_deploy.errors import ArtifactError
+from ldm_deploy.models.sources import resolve_source
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ldm_deploy.config import Config
     from ldm_deploy.models.autoencoder import Autoencoder
     from ldm_deploy.models.clip import ClipTextEncoder
+    from ldm_deploy.models.components import Signature
     from ldm_deploy.models.text_encoder import TextEncoder
     from ldm_deploy.models.unet import UNet
 
@@ -42,23 +43,24 @@ class Reference:
         return Schedule.from_dict(self.model["schedule"])
 
     @property
-    def tokenizer_path(self) -> Path:
-        return self.directory / "tokenizer.json"
+    def signatures(self) -> Mapping[str, Signature]:
+        from ldm_deploy.models.components import SIGNATURES
 
+        return SIGNATURES
 
-def resolve_reference(source: str | Path) -> Path:
-    """The directory of a reference; "reference" is the shipped one. Raises `ArtifactError` if there is none."""
-    if str(source) == "reference":
-        source = Path(str(resources.files("ldm_deploy") / "assets" / "reference"))
-    path = Path(source)
-    if path.is_dir() and (path / "model_index.json").is_file():
-        raise StageMissingError(f"{path} is a diffusers checkpoint: this version exports reference directories only")
-    if not (path / "model.json").is_file():
-        raise ArtifactError(
-            f"{str(source)!r} is no reference: there is no {path / 'model.json'}; "
-            "give 'reference' (the shipped one) or a directory written by `ldm-deploy train`"
-        )
-    return path
+    def components(self) -> dict[str, nn.Module]:
+        """component name -> module in evaluation mode."""
+        from ldm_deploy.models.components import VaeDecoder, VaeEncoder
+
+        return {
+            "text_encoder": self.text_encoder,
+            "unet": self.unet,
+            "vae_encoder": VaeEncoder(self.autoencoder).eval(),
+            "vae_decoder": VaeDecoder(self.autoencoder).eval(),
+        }
+
+    def tokenizer_text(self) -> str:
+        return (self.directory / "tokenizer.json").read_text(encoding="utf-8")
 
 
 def read_model(path: Path) -> dict[str, Any]:
@@ -75,12 +77,12 @@ def read_model(path: Path) -> dict[str, Any]:
     return model
 
 
-def reference_digest(path: Path) -> str:
-    """sha256 over the names and digests of the files the model is made of (the model card is not among them)."""
+def model_files(path: Path) -> list[str]:
+    """The files a reference is made of, the model card left out. Raises `ArtifactError` if one is missing."""
     missing = [name for name in MODEL_FILES if not (path / name).is_file()]
     if missing:
         raise ArtifactError(f"reference {path} has no {missing[0]}; restore the directory")
-    return content_key({name: file_digest(path / name) for name in sorted(MODEL_FILES)})
+    return sorted(MODEL_FILES)
 
 
 def build_modules(model: Mapping[str, Any]) -> dict[str, nn.Module]:
@@ -108,7 +110,12 @@ def load_reference(source: str | Path) -> Reference:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path = resolve_reference(source)
+    path = resolve_source(source)
+    if not (path / "model.json").is_file():
+        raise ArtifactError(
+            f"{path} is a checkpoint of diffusers; it can be exported, evaluated and optimized, and "
+            "what was asked for needs a reference: 'reference' or a directory written by `ldm-deploy train`"
+        )
     model = read_model(path)
     try:
         with torch.random.fork_rng(devices=[]):

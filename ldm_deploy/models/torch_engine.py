@@ -12,19 +12,20 @@ from ldm_deploy.errors import EngineError
 if TYPE_CHECKING:
     from torch import nn
 
-    from ldm_deploy.models.reference import Reference
+    from ldm_deploy.models.components import Signature
+    from ldm_deploy.models.sources import Source
     from ldm_deploy.runtime.pipeline import Pipeline
 
 
 class TorchEngine:
-    """One component in eager fp32. `run` takes and returns numpy arrays by the component's names."""
+    """One component in eager fp32. `run` takes and returns numpy arrays by the names of its signature."""
 
-    def __init__(self, name: str, module: nn.Module) -> None:
+    def __init__(self, name: str, module: nn.Module, signature: Signature | None = None) -> None:
         from ldm_deploy.models.components import SIGNATURES
 
         self.name = name
         self.module = module
-        self.input_names, self.output_names = SIGNATURES[name]
+        self.input_names, self.output_names = signature or SIGNATURES[name]
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Raises `EngineError` if an input is missing."""
@@ -42,23 +43,19 @@ class TorchEngine:
         return {name: output.cpu().numpy() for name, output in zip(self.output_names, outputs, strict=True)}
 
 
-def torch_engines(reference: Reference, threads: int | None = None) -> dict[str, TorchEngine]:
-    """The four components of a reference as engines. `threads` sets torch's thread count for the whole process."""
+def torch_engines(source: Source, threads: int | None = None) -> dict[str, TorchEngine]:
+    """The components of a source as engines. `threads` sets torch's thread count for the whole process."""
     import torch
-
-    from ldm_deploy.models.components import component_modules
 
     if threads is not None:
         torch.set_num_threads(threads)
-    return {name: TorchEngine(name, module) for name, module in component_modules(reference).items()}
+    return {name: TorchEngine(name, module, source.signatures[name]) for name, module in source.components().items()}
 
 
-def torch_pipeline(reference: Reference, threads: int | None = None) -> Pipeline:
+def torch_pipeline(source: Source, threads: int | None = None) -> Pipeline:
     """The baseline: the runtime's own host-side pipeline with torch engines in it."""
     from ldm_deploy.runtime.pipeline import Pipeline
     from ldm_deploy.runtime.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer(reference.directory / "tokenizer.json", reference.model["context_length"])
-    return Pipeline(
-        torch_engines(reference, threads), tokenizer, reference.model, reference.schedule, reference.model["sampling"]
-    )
+    tokenizer = Tokenizer(source.tokenizer_text(), source.model["context_length"])
+    return Pipeline(torch_engines(source, threads), tokenizer, source.model, source.schedule, source.model["sampling"])

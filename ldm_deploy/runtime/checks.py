@@ -36,21 +36,25 @@ PAIR: Kind = (
 )
 DIGEST: Kind = ("64 hexadecimal digits", lambda v: isinstance(v, str) and re.fullmatch("[0-9a-f]{64}", v) is not None)
 YES_OR_NO: Kind = ("true or false", lambda value: isinstance(value, bool))
+OBJECT_OR_NULL: Kind = ("an object or null", lambda value: value is None or OBJECT[1](value))
 NAME_OR_NULL: Kind = ("a text or null", lambda value: value is None or TEXT[1](value))
 
 BUNDLE_KEYS = {
-    "name": TEXT, "model": OBJECT, "schedule": OBJECT, "tokenizer": TEXT, "engines": OBJECTS, "variants": OBJECTS,
-    "files": OBJECT, "default_variant": NAME_OR_NULL,
+    "name": TEXT, "model": OBJECT_OR_NULL, "schedule": OBJECT_OR_NULL, "tokenizer": NAME_OR_NULL, "engines": OBJECTS,
+    "variants": OBJECTS, "files": OBJECT, "default_variant": NAME_OR_NULL,
 }  # fmt: skip
 MODEL_KEYS = {
     "downsampling": COUNT, "latent_channels": COUNT, "scale_factor": FACTOR, "default_size": PAIR,
     "size_multiple": COUNT, "context_length": COUNT,
 }  # fmt: skip
-# All of them: a default that is filled in silently could be another model's. Only `shift` came later: absent, it is 1.
+# All of them: a default that is filled in silently could be another model's. Those of ADDED came later: absent, they
+# are what they were before.
 SCHEDULE_KEYS = {
     "beta_schedule": TEXT, "num_train_timesteps": COUNT, "beta_start": FACTOR, "beta_end": FACTOR,
     "prediction_type": TEXT, "rescale_zero_terminal_snr": YES_OR_NO, "timestep_spacing": TEXT, "shift": FACTOR,
+    "steps_offset": SIZE,
 }  # fmt: skip
+ADDED = {"shift": 1.0, "steps_offset": 1}
 ENGINE_KEYS = {
     "id": TEXT, "component": TEXT, "precision": TEXT, "runtime": TEXT, "runtime_versions": TEXT, "device": TEXT,
     "files": NAMES,
@@ -70,8 +74,14 @@ def check_description(root: Path, data: Mapping[str, Any]) -> None:
         )
     file = root / BUNDLE_FILE
     _check_keys(file, "", data, BUNDLE_KEYS)
-    _check_keys(file, "model.", data["model"], MODEL_KEYS)
-    _check_keys(file, "schedule.", {"shift": 1.0, **data["schedule"]}, SCHEDULE_KEYS)
+    whole = [data[key] is not None for key in ("model", "schedule", "tokenizer")]
+    if any(whole) != all(whole) or (data["variants"] and not all(whole)):
+        raise BundleError(
+            f"{file}: model, schedule and tokenizer must be there all or none, and variants need them; {REMEDY}"
+        )
+    if all(whole):
+        _check_keys(file, "model.", data["model"], MODEL_KEYS)
+        _check_keys(file, "schedule.", {**ADDED, **data["schedule"]}, SCHEDULE_KEYS)
     for index, entry in enumerate(data["engines"]):
         _check_keys(file, f"engines[{index}].", entry, ENGINE_KEYS)
     for index, entry in enumerate(data["variants"]):
@@ -82,11 +92,13 @@ def check_description(root: Path, data: Mapping[str, Any]) -> None:
             raise BundleError(f"{file}: files[{name!r}] is {entry!r}, not an object; {REMEDY}")
         _check_keys(file, f"files[{name!r}].", entry, FILE_KEYS)
     try:
-        Schedule.from_dict(data["schedule"])
+        if data["schedule"] is not None:
+            Schedule.from_dict(data["schedule"])
     except ConfigError as error:
         raise BundleError(f"{file}: {error}; upgrade ldm_deploy, or {REMEDY}") from None
 
-    for name in (data["tokenizer"], *(file for engine in data["engines"] for file in engine["files"])):
+    own = [data["tokenizer"]] if data["tokenizer"] is not None else []
+    for name in (*own, *(file for engine in data["engines"] for file in engine["files"])):
         if name not in data["files"]:
             raise BundleError(f"{file} uses {name!r}, which its list of files does not have; {REMEDY}")
     for kind, key in (("engines", "id"), ("variants", "name")):

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from ldm_deploy.runtime.bundle import EngineRecord
 
 
+TARGETS = ("onnxruntime-cpu", "openvino-cpu")  # what this version runs
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """Name, numpy dtype name, and shape with integers for fixed and names for symbolic axes."""
@@ -103,9 +106,9 @@ def _first_line(error: Exception) -> str:
 
 def check_supported(record: EngineRecord) -> None:
     """Raises `EngineError` for an engine of a runtime or device that this version does not have."""
-    if record.runtime != "onnxruntime" or record.device != "cpu":
+    if f"{record.runtime}-{record.device}" not in TARGETS:
         raise EngineError(
-            f"engine {record.id} is for {record.runtime} on {record.device}; this version runs onnxruntime on cpu: "
+            f"engine {record.id} is for {record.runtime} on {record.device}; this version runs {', '.join(TARGETS)}: "
             "choose another variant, or upgrade ldm_deploy"
         )
 
@@ -113,4 +116,9 @@ def check_supported(record: EngineRecord) -> None:
 def open_engine(record: EngineRecord, root: Path, *, threads: int | None = None, spinning: bool = True) -> Engine:
     """Open an engine of a bundle in its runtime. Raises `EngineError` as `check_supported` and the engine do."""
     check_supported(record)
-    return OnnxRuntimeEngine(root / record.files[0], threads=threads, spinning=spinning)
+    path = root / record.files[0]
+    if record.runtime == "openvino":
+        from ldm_deploy.runtime.engine_openvino import OpenVinoEngine
+
+        return OpenVinoEngine(path, precision=record.precision, threads=threads)
+    return OnnxRuntimeEngine(path, threads=threads, spinning=spinning)

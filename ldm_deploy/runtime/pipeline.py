@@ -24,7 +24,7 @@ from ldm_deploy.runtime.request import (
     latent_shape,
     prompt_list,
 )
-from ldm_deploy.runtime.tokenizer import Tokenizer
+from ldm_deploy.runtime.tokenizer import Tokenizer, read_tokenizer
 
 # (index of the step, timestep, latents after it)
 OnStep = Callable[[int, int, np.ndarray], None]
@@ -140,14 +140,14 @@ class Pipeline:
 
         guided = scale != 1
         ids = self.tokenizer.encode([*(negatives if guided else []), *prompts])
-        context = self._run("text_encoder", {"input_ids": ids}, "encoder_hidden_states")
+        conditions = self._run("text_encoder", {"input_ids": ids})
         latents = gaussian_noise(seeds, shape)
         run = SamplerRun(
             sampler, self.schedule, steps, noise=lambda index: gaussian_noise(seeds, shape, stream=index + 1)
         )
         for index, (timestep, _, _) in enumerate(run.levels):
             where = f" at step {index + 1} of {steps} (timestep {timestep})"
-            prediction = self._predict(latents, timestep, context, scale if guided else None, rescale, where)
+            prediction = self._predict(latents, timestep, conditions, scale if guided else None, rescale, where)
             latents = run.step(index, latents, prediction)
             latents = latents.astype(np.float32)
             if on_step is not None:
@@ -158,7 +158,7 @@ class Pipeline:
         self,
         latents: np.ndarray,
         timestep: int,
-        context: np.ndarray,
+        conditions: Mapping[str, np.ndarray],
         scale: float | None,
         rescale: float,
         where: str,
@@ -168,27 +168,27 @@ class Pipeline:
         feeds = {
             "sample": sample,
             "timestep": np.full(len(sample), timestep, dtype=np.int64),
-            "encoder_hidden_states": context,
+            **conditions,  # whatever the text encoder has for the U-Net: SDXL's has more than the states
         }
-        prediction = self._run("unet", feeds, "prediction", where)
+        prediction = self._run("unet", feeds, where)["prediction"]
         if scale is None:
             return prediction
         unconditional, conditional = np.split(prediction, 2)
         guided = unconditional + np.float32(scale) * (conditional - unconditional)
         return rescale_guidance(guided, conditional, rescale) if rescale else guided
 
-    def _run(self, component: str, feeds: Mapping[str, np.ndarray], output: str, where: str = "") -> np.ndarray:
-        """One output of one component; no NaN or infinity travels on from here."""
+    def _run(self, component: str, feeds: Mapping[str, np.ndarray], where: str = "") -> dict[str, np.ndarray]:
+        """The outputs of one component; no NaN or infinity travels on from here."""
         if component not in self.components:
             there = ", ".join(self.components)
             raise EngineError(f"this variant has no engine for {component}; it has: {there}: choose another variant")
-        value = self.components[component].run(feeds)[output]
-        if not np.isfinite(value).all():
+        outputs = self.components[component].run(feeds)
+        if not all(np.isfinite(value).all() for value in outputs.values()):
             raise EngineError(
                 f"{component} returned values that are not finite{where}; "
                 "this engine must not be used: choose another variant"
             )
-        return value
+        return outputs
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """Scaled latents, float32 (batch, z, h, w) -> uint8 (batch, h·f, w·f, 3)."""
@@ -198,7 +198,7 @@ class Pipeline:
                 f"latents have shape {latents.shape}; give (batch, {self.model['latent_channels']}, height, width)"
             )
         unscaled = (latents / self.model["scale_factor"]).astype(np.float32)
-        image = self._run("vae_decoder", {"latent": unscaled}, "image")
+        image = self._run("vae_decoder", {"latent": unscaled})["image"]
         # Half up, as floor(x + 1/2): the same in every language.
         pixels = np.floor(np.clip((image + 1) * 127.5, 0, 255) + 0.5)
         return np.ascontiguousarray(pixels.astype(np.uint8).transpose(0, 2, 3, 1))
@@ -214,7 +214,7 @@ class Pipeline:
             )
         latent_shape(self.model, (image.shape[1], image.shape[2]))
         scaled = image.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(127.5) - 1
-        mean = self._run("vae_encoder", {"image": np.ascontiguousarray(scaled)}, "latent_mean")
+        mean = self._run("vae_encoder", {"image": np.ascontiguousarray(scaled)})["latent_mean"]
         return (mean * self.model["scale_factor"]).astype(np.float32)
 
 
@@ -252,7 +252,7 @@ def load(
     if threads is None:
         threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     engines = LazyEngines(bundle, record, threads, spinning)
-    tokenizer = Tokenizer(bundle.root / bundle.data["tokenizer"], bundle.data["model"]["context_length"])
+    tokenizer = read_tokenizer(bundle.root / bundle.data["tokenizer"], bundle.data["model"]["context_length"])
     defaults = {"sampler": record.sampler, "steps": record.steps, "guidance_scale": record.guidance_scale}
     schedule = Schedule.from_dict(bundle.data["schedule"])
     return Pipeline(engines, tokenizer, bundle.data["model"], schedule, defaults)

@@ -1,4 +1,4 @@
-"""Prompts to token ids, through the `tokenizer.json` of a bundle (Hugging Face `tokenizers`)."""
+"""Prompts to token ids, through a `tokenizer.json` (Hugging Face `tokenizers`)."""
 
 from __future__ import annotations
 
@@ -10,16 +10,22 @@ import numpy as np
 from ldm_deploy.errors import BundleError, PromptError
 
 
-class Tokenizer:
-    """`context_length`: the number of tokens of every encoded prompt, start, end and padding included."""
+def read_tokenizer(path: Path, context_length: int) -> Tokenizer:
+    """From a file. Raises `BundleError` if it cannot be read."""
+    try:
+        return Tokenizer(path.read_text(encoding="utf-8"), context_length)
+    except Exception as error:  # tokenizers raises bare Exception
+        raise BundleError(f"tokenizer {path} cannot be read ({error}); restore the file") from None
 
-    def __init__(self, path: Path, context_length: int) -> None:
+
+class Tokenizer:
+    """`text`: the content of tokenizer.json. `context_length`: the number of tokens of every encoded prompt, start, end
+    and padding included."""
+
+    def __init__(self, text: str, context_length: int) -> None:
         import tokenizers
 
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises bare Exception
-            raise BundleError(f"tokenizer {path} cannot be read ({error}); restore the file") from None
+        self._tokenizer = tokenizers.Tokenizer.from_str(text)
         # A prompt that is too long is refused by `encode`, never cut in silence.
         self._tokenizer.no_truncation()
         self.context_length = context_length

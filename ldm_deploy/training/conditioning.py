@@ -63,7 +63,7 @@ def conditioning(config: Config, texts: Sequence[str], initial: Reference | None
                 f"conditioning is {config.conditioning!r} and {initial.directory} was trained with {theirs!r}; "
                 f"set conditioning = {theirs!r}"
             )
-        tokenizer = Tokenizer.from_file(str(initial.tokenizer_path))
+        tokenizer = Tokenizer.from_str(initial.tokenizer_text())
         if initial.model["text_encoder"].get("kind") == "clip":
             return Conditioning(tokenizer, initial.model["text_encoder"], initial.text_encoder)
     elif own.pretrained:

@@ -16,7 +16,7 @@ from ldm_deploy.diffusion.schedule import Schedule
 from ldm_deploy.models.components import VaeDecoder
 from ldm_deploy.models.torch_engine import TorchEngine
 from ldm_deploy.runtime.pipeline import Pipeline
-from ldm_deploy.runtime.tokenizer import Tokenizer
+from ldm_deploy.runtime.tokenizer import read_tokenizer
 from ldm_deploy.training.autoencoder import to_images, to_tensor
 from ldm_deploy.training.loop import Measure, Preview
 
@@ -57,7 +57,7 @@ def samples(
         }
         engines = {name: TorchEngine(name, module) for name, module in modules.items()}
         defaults = {"sampler": "ddim", "steps": STEPS, "guidance_scale": model["sampling"]["guidance_scale"]}
-        words = Tokenizer(tokenizer, model["context_length"])
+        words = read_tokenizer(tokenizer, model["context_length"])
         pipeline = Pipeline(engines, words, model, Schedule.from_dict(model["schedule"]), defaults)
         images = pipeline(list(prompts), seed=0)
         write_grid(directory / f"diffusion-{step:06d}.png", list(images), columns=math.ceil(math.sqrt(len(images))))

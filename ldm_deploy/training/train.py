@@ -55,8 +55,9 @@ def train(
     """
     import torch
 
-    from ldm_deploy.models.clip import WEIGHTS_FILE
-    from ldm_deploy.models.reference import describe, load_reference, reference_digest
+    from ldm_deploy.models.clip import weights_file
+    from ldm_deploy.models.reference import describe, load_reference
+    from ldm_deploy.models.sources import source_digest
     from ldm_deploy.training.autoencoder import train_autoencoder
     from ldm_deploy.training.conditioning import choose_prompts, conditioning
     from ldm_deploy.training.diffusion import encode_images, latent_scale, train_denoiser
@@ -118,9 +119,9 @@ def train(
     model = describe(resolved, scale_factor, condition.text_encoder, choose_prompts(chosen.texts, report_prompts))
     key = {"training": _diffusion_key(resolved, images)}
     if initial is not None:
-        key["init_from"] = reference_digest(initial.directory)
+        key["init_from"] = source_digest(initial.directory)
     if resolved.text_encoder.pretrained:
-        key["text_encoder"] = file_digest(Path(resolved.text_encoder.pretrained) / WEIGHTS_FILE)
+        key["text_encoder"] = file_digest(weights_file(Path(resolved.text_encoder.pretrained)))
     team = processes()
     if team.first:
         atomic_write_bytes(directory / "tokenizer.json", tokenizer.to_str().encode())

@@ -164,7 +164,7 @@ def test_without_its_reference_nothing_is_judged_and_the_exit_code_says_so(bundl
 
 
 def test_a_reference_that_was_given_and_is_wrong_is_an_error(bundle: Path, tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="is no reference"):
+    with pytest.raises(ArtifactError, match="is no model"):
         evaluate_bundle(bundle, reference=tmp_path)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ldm_deploy.errors import EngineError, ExportError, ParityError
 from ldm_deploy.eval.parity import Probe, check_parity
 from ldm_deploy.export.to_onnx import component_axes, export_module
+from ldm_deploy.models.components import SIGNATURES
 from ldm_deploy.onnx_graph import load_model, precision_found, read_opset, read_signature
 
 onnxruntime_engine = pytest.importorskip("ldm_deploy.runtime.engines")
@@ -56,7 +57,7 @@ def denoiser() -> nn.Module:
 @pytest.fixture(scope="module")
 def exported(denoiser: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("export") / "unet-fp32.onnx"
-    export_module(denoiser, feeds(2, 8, 12, 5), *component_axes("unet", 4), path, component="unet")
+    export_module(denoiser, feeds(2, 8, 12, 5), *component_axes("unet", 4, SIGNATURES["unet"]), path, component="unet")
     return path
 
 

@@ -10,16 +10,15 @@ import pytest
 import torch
 
 from ldm_deploy.config import PRESETS
-from ldm_deploy.errors import ArtifactError, StageMissingError
+from ldm_deploy.errors import ArtifactError
 from ldm_deploy.models.autoencoder import LOGVAR_RANGE, Autoencoder
 from ldm_deploy.models.reference import (
     describe,
     load_reference,
     read_model,
-    reference_digest,
-    resolve_reference,
     save_reference,
 )
+from ldm_deploy.models.sources import resolve_source, source_digest
 from ldm_deploy.models.text_encoder import TextEncoder
 from ldm_deploy.models.torch_engine import torch_engines
 from ldm_deploy.models.unet import UNet
@@ -150,22 +149,22 @@ def test_torch_engines_follow_the_component_signatures(saved):
     assert set(engines["vae_encoder"].run({"image": image})) == {"latent_mean", "latent_logvar"}
 
 
-def test_reference_digest_covers_weights_and_not_the_model_card(saved):
+def test_source_digest_covers_weights_and_not_the_model_card(saved):
     directory, _ = saved
-    before = reference_digest(directory)
+    before = source_digest(directory)
     (directory / "README.md").write_text("new words")
-    assert reference_digest(directory) == before
+    assert source_digest(directory) == before
     file = directory / "unet.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    assert reference_digest(directory) != before
+    assert source_digest(directory) != before
 
 
 def test_damaged_references_are_named(saved, tmp_path):
     directory, _ = saved
-    with pytest.raises(ArtifactError, match="is no reference: there is no"):
-        resolve_reference(tmp_path / "nowhere")
+    with pytest.raises(ArtifactError, match="is no model: there is no"):
+        resolve_source(tmp_path / "nowhere")
     (directory / "unet.safetensors").write_bytes(b"\0" * 20)
     with pytest.raises(ArtifactError, match=r"unet\.safetensors cannot be read"):
         load_reference(directory)
@@ -181,7 +180,7 @@ def test_damaged_references_are_named(saved, tmp_path):
         read_model(directory)
 
 
-def test_diffusers_directory_is_named_as_such(tmp_path):
+def test_what_needs_a_reference_says_so_of_a_checkpoint(tmp_path):
     (tmp_path / "model_index.json").write_text("{}")
-    with pytest.raises(StageMissingError, match="diffusers checkpoint"):
-        resolve_reference(tmp_path)
+    with pytest.raises(ArtifactError, match="is a checkpoint of diffusers"):
+        load_reference(tmp_path)

@@ -9,13 +9,14 @@ import pytest
 from safetensors import safe_open
 
 from ldm_deploy.artifact import verify_manifest
-from ldm_deploy.models.reference import WEIGHTS, load_reference, resolve_reference
+from ldm_deploy.models.reference import WEIGHTS, load_reference
+from ldm_deploy.models.sources import resolve_source
 from ldm_deploy.models.torch_engine import torch_pipeline
 
 
 @pytest.fixture(scope="module")
 def directory():
-    return resolve_reference("reference")
+    return resolve_source("reference")
 
 
 def test_everything_shipped_stays_within_24_mb(directory):

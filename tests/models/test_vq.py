@@ -113,7 +113,7 @@ def test_the_decoder_quantizes_and_the_encoder_is_deterministic():
 def test_a_vq_model_goes_down_the_whole_road(tmp_path, averaged):
     """Trained, killed after four of six steps, resumed, exported with parity, drawn with."""
     import ldm_deploy
-    from ldm_deploy.export.to_onnx import export_reference
+    from ldm_deploy.export.export import export_source
 
     tiny = PRESETS["tiny"]
     stage = dataclasses.replace(
@@ -160,7 +160,7 @@ def test_a_vq_model_goes_down_the_whole_road(tmp_path, averaged):
     assert {"codebook", "commitment", "reconstruction", "codes_used"} <= set(first)
     assert whole["config"]["autoencoder"]["kind"] == "vq"
 
-    export_reference(tmp_path / "whole", tmp_path / "onnx", precision="fp32", seed=0, threads=1)
+    export_source(tmp_path / "whole", tmp_path / "onnx", seed=0, threads=1)
     pipeline = ldm_deploy.load(tmp_path / "onnx", threads=1)
     image = pipeline("cat", seed=0, steps=2)
     assert image.shape == (1, 32, 32, 3)

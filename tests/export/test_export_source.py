@@ -13,16 +13,17 @@ from torch import nn
 from ldm_deploy.config import PRESETS
 from ldm_deploy.errors import ConfigError, ParityError, StageMissingError
 from ldm_deploy.eval.parity import compare_outputs, read_probes
-from ldm_deploy.export import to_onnx
-from ldm_deploy.export.to_onnx import export_module, export_reference
+from ldm_deploy.export import export
+from ldm_deploy.export.export import export_source
+from ldm_deploy.export.to_onnx import export_module
 from ldm_deploy.models.reference import (
     build_modules,
     describe,
     load_reference,
     read_model,
-    reference_digest,
     save_reference,
 )
+from ldm_deploy.models.sources import source_digest
 from ldm_deploy.models.torch_engine import torch_pipeline
 from ldm_deploy.runtime.bundle import Bundle, verify_bundle
 from ldm_deploy.runtime.engines import OnnxRuntimeEngine
@@ -58,12 +59,12 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return export_reference(reference, tmp_path_factory.mktemp("exported") / "bundle", threads=1)
+    return export_source(reference, tmp_path_factory.mktemp("exported") / "bundle", threads=1)
 
 
 def test_four_engines_and_one_variant(exported: Bundle, reference: Path) -> None:
     verify_bundle(exported.root)
-    assert exported.data["parents"] == {"reference": reference_digest(reference)}
+    assert exported.data["parents"] == {"reference": source_digest(reference)}
     assert exported.variant().name == "fp32-onnxruntime-cpu"
     assert [engine["component"] for engine in exported.data["engines"]] == list(COMPONENTS)
     for engine in exported.data["engines"]:
@@ -127,14 +128,16 @@ def test_a_wrong_export_leaves_nothing_behind(reference: Path, tmp_path: Path, m
             module.get_parameter("norm.bias").add_(0.1)
         export_module(module, *arguments, **options)
 
-    monkeypatch.setattr(to_onnx, "export_module", export_another)
-    with pytest.raises(ParityError, match="text_encoder: engine text_encoder-fp32 differs from the reference"):
-        export_reference(reference, tmp_path / "bundle", components=["text_encoder"], threads=1)
+    monkeypatch.setattr(export, "export_module", export_another)
+    with pytest.raises(ParityError, match="engine text_encoder-fp32-onnxruntime-cpu differs from the"):
+        export_source(reference, tmp_path / "bundle", components=["text_encoder"], threads=1)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_not_built_is_said(reference: Path, tmp_path: Path) -> None:
-    with pytest.raises(StageMissingError, match="'fp16' is not built yet"):
-        export_reference(reference, tmp_path / "out", precision="fp16")
+    with pytest.raises(StageMissingError, match="'fp16' is not built for onnxruntime-cpu; there is: fp32"):
+        export_source(reference, tmp_path / "out", variants=[("fp16", "onnxruntime-cpu")])
+    with pytest.raises(StageMissingError, match="'tensorrt-cuda' is not built yet; there is: onnxruntime-cpu"):
+        export_source(reference, tmp_path / "out", variants=[("fp32", "tensorrt-cuda")])
     with pytest.raises(ConfigError, match="'decoder' is not in this model; there are: text_encoder, unet"):
-        export_reference(reference, tmp_path / "out", components=["decoder"])
+        export_source(reference, tmp_path / "out", components=["decoder"])

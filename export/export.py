@@ -1,0 +1,266 @@
+"""A model goes in, a bundle of engines comes out, each compared with torch before it is accepted."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm_deploy.errors import ConfigError, EngineError, ExportError, StageMissingError
+from ldm_deploy.export.targets import TARGETS, Target
+from ldm_deploy.export.to_onnx import Axes, component_axes, export_module
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ldm_deploy.eval.parity import ParityResult, Probe
+    from ldm_deploy.models.sources import Source
+    from ldm_deploy.onnx_graph import ValueInfo
+    from ldm_deploy.runtime.bundle import Bundle
+
+Ranges = Mapping[str, tuple[float, float]]
+
+
+def export_source(
+    source: str | Path,
+    out: Path,
+    *,
+    variants: Sequence[tuple[str, str]] = (("fp32", "onnxruntime-cpu"),),
+    components: Sequence[str] | None = None,
+    seed: int = 0,
+    threads: int | None = None,
+) -> Bundle:
+    """Export a reference, a checkpoint of diffusers or "reference" (the shipped one) to the bundle directory `out`.
+
+    `variants`: (precision, target) each; the bundle holds a variant `<precision>-<target>` for each. Every engine is
+    compared with torch on real inputs at several batch sizes and resolutions; the inputs stay in the bundle under
+    `probes/`, so that engines made from it later are judged on the same. What the first variant lacks raises
+    (`ExportError`, `ParityError`); of the others it is in the bundle's `refused`, with the reason. `components`: only
+    these (all); such a bundle holds no variant. `out` appears when complete.
+    """
+    from ldm_deploy.artifact import staged_directory
+    from ldm_deploy.eval.parity import write_probes
+    from ldm_deploy.export.probes import make_probes
+    from ldm_deploy.models.sources import load_source, source_digest
+    from ldm_deploy.progress import task
+    from ldm_deploy.runtime.bundle import read_bundle, write_bundle
+
+    chosen = [(precision, choose_target(target, precision)) for precision, target in variants]
+    model = load_source(source)
+    modules = model.components()
+    wanted = list(modules) if components is None else list(components)
+    for component in wanted:
+        if component not in modules:
+            raise ConfigError(f"component {component!r} is not in this model; there are: {', '.join(modules)}")
+    with staged_directory(out) as staging, task("exporting", 1 + len(wanted) * (1 + len(chosen))) as advance:
+        probes = make_probes(model, components=wanted, seed=seed, threads=threads)
+        advance()
+        (staging / "tokenizer.json").write_text(model.tokenizer_text(), encoding="utf-8")
+        (staging / "probes").mkdir()
+        engines: list[dict[str, Any]] = []
+        refused: list[dict[str, Any]] = []
+        for component in wanted:
+            write_probes(staging / "probes" / f"{component}.safetensors", probes[component])
+            axes = component_axes(component, model.model["downsampling"], model.signatures[component])
+            traced = Traced(modules[component], probes[component], axes, component, value_ranges(model.model))
+            traced.write(staging / "traced" / f"{component}.onnx")
+            advance()
+            for precision, target in chosen:
+                try:
+                    engines.append(build_engine(traced, staging, precision=precision, target=target, threads=threads))
+                except (EngineError, ExportError) as error:
+                    if (precision, target) == chosen[0]:
+                        raise
+                    refused.append(refusal(component, precision, target, str(error)))
+                advance()
+            shutil.rmtree(staging / "traced")
+        complete = set(wanted) == set(modules)
+        drawn = _variants(chosen, engines, model.model["sampling"]) if complete else []
+        write_bundle(
+            staging,
+            {
+                **provenance(
+                    model.model["name"], {"reference": source_digest(model.directory)}, [target for _, target in chosen]
+                ),
+                "model": _description(model),
+                "schedule": model.model["schedule"],
+                "tokenizer": "tokenizer.json",
+                "default_variant": drawn[0]["name"] if drawn else None,
+                "engines": engines,
+                "variants": drawn,
+                "refused": refused,
+            },
+        )
+    return read_bundle(out)
+
+
+def choose_target(name: str, precision: str) -> Target:
+    """Raises `StageMissingError` for a target or a precision of it that is not built."""
+    if name not in TARGETS:
+        raise StageMissingError(f"target {name!r} is not built yet; there is: {', '.join(TARGETS)}")
+    target = TARGETS[name]
+    if precision not in target.precisions:
+        raise StageMissingError(
+            f"precision {precision!r} is not built for {name}; there is: {', '.join(target.precisions)}"
+        )
+    return target
+
+
+@dataclass
+class Traced:
+    """A component on its way: the module, what it is judged on, and its ONNX file once `write` was called."""
+
+    module: nn.Module
+    probes: Sequence[Probe]
+    axes: tuple[Axes, Axes]
+    component: str
+    ranges: Ranges
+    onnx: Path = Path()
+
+    def write(self, path: Path) -> None:
+        export_module(self.module, largest(self.probes).inputs, *self.axes, path, component=self.component)
+        self.onnx = path
+
+
+def build_engine(
+    traced: Traced, staging: Path, *, precision: str, target: Target, threads: int | None
+) -> dict[str, Any]:
+    """Build, open, compare: the entry of bundle.json for one engine.
+
+    Raises `ExportError` where the graph cannot be built, `EngineError` where the engine cannot run here, and
+    `ParityError` where it is not the module. No file is left of what failed.
+    """
+    from ldm_deploy.eval.budget import load_budget
+    from ldm_deploy.eval.parity import check_parity
+    from ldm_deploy.onnx_graph import load_model, read_opset, read_signature
+    from ldm_deploy.runtime.bundle import EngineRecord
+    from ldm_deploy.runtime.engines import open_engine
+
+    component, stem = traced.component, f"{traced.component}-{precision}"
+    folder = staging / "engines"
+    folder.mkdir(exist_ok=True)
+    files = target.build(traced.onnx, folder / stem)
+    record = EngineRecord(
+        id=f"{stem}-{target.name}",
+        component=component,
+        precision=precision,
+        runtime=target.runtime,
+        runtime_versions=target.versions,
+        device=target.device,
+        files=tuple(file.relative_to(staging).as_posix() for file in files),
+    )
+    try:
+        engine = open_engine(record, staging, threads=threads)
+        limit = load_budget(None).parity_limit(precision, component)
+        parity = check_parity(engine, traced.probes, limit, component=component, name=record.id)
+        found = target.precision_found(engine)
+        if found and precision not in found:
+            raise ExportError(f"{component}: engine {record.id} computes nothing in {precision} (read back: {found})")
+    except (EngineError, ExportError):
+        for file in files:
+            file.unlink()
+        raise
+    graph = load_model(traced.onnx, weights=False)
+    signature = read_signature(graph)
+    return describe_engine(
+        record, staging, signature=signature, opset=read_opset(graph), found=found, parity=parity, ranges=traced.ranges
+    )
+
+
+def refusal(component: str, precision: str, target: Target, reason: str) -> dict[str, Any]:
+    """An entry of a bundle's `refused`: what was tried, and why it is not there."""
+    return {
+        "name": f"{component}-{precision}-{target.name}",
+        "component": component,
+        "runtime": target.runtime,
+        "device": target.device,
+        "precision": precision,
+        "reason": reason,
+    }
+
+
+def _variants(
+    chosen: Sequence[tuple[str, Target]], engines: Sequence[Mapping[str, Any]], sampling: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """One per (precision, target) that has an engine for every component."""
+    components = {engine["component"] for engine in engines}
+    found = []
+    for precision, target in chosen:
+        ending = f"-{precision}-{target.name}"
+        own = [engine["id"] for engine in engines if engine["id"] == engine["component"] + ending]
+        if len(own) == len(components):
+            found.append({"name": ending[1:], "engines": own, **sampling})
+    return found
+
+
+def describe_engine(
+    record: Any,
+    root: Path,
+    *,
+    signature: tuple[Sequence[ValueInfo], Sequence[ValueInfo]],
+    opset: int,
+    found: Mapping[str, int],
+    parity: ParityResult,
+    ranges: Ranges,
+) -> dict[str, Any]:
+    """The entry of bundle.json for an engine. `found`: precisions read back from what really runs."""
+
+    def with_range(value: ValueInfo) -> dict[str, Any]:
+        return replace(value, range=ranges.get(value.name)).to_dict()
+
+    return {
+        "id": record.id,
+        "component": record.component,
+        "precision": record.precision,
+        "runtime": record.runtime,
+        "runtime_versions": record.runtime_versions,
+        "device": record.device,
+        "built_for": None,
+        "files": list(record.files),
+        "inputs": [with_range(value) for value in signature[0]],
+        "outputs": [with_range(value) for value in signature[1]],
+        "size_bytes": sum((root / file).stat().st_size for file in record.files),
+        "opset": opset,
+        "precision_found": dict(found),
+        "parity": parity.to_dict(),
+    }
+
+
+def value_ranges(model: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    """Closed intervals of the inputs and outputs that have one."""
+    return {
+        "input_ids": (0, model["text_encoder"]["vocab_size"] - 1),
+        "timestep": (0, model["schedule"]["num_train_timesteps"] - 1),
+        "image": (-1, 1),
+    }
+
+
+def largest(probes: Sequence[Probe]) -> Probe:
+    """The probe to trace with: no symbolic axis may have length 1."""
+    return max(probes, key=lambda probe: min(size for value in probe.inputs.values() for size in value.shape))
+
+
+def provenance(name: str, parents: Mapping[str, str], targets: Sequence[Target]) -> dict[str, Any]:
+    """What bundle.json says of where a bundle comes from."""
+    from ldm_deploy.artifact import tool_versions
+
+    versions = tool_versions(
+        "ldm-deploy", "torch", "onnx", *(package for target in targets for package in target.packages)
+    )
+    return {
+        "name": name,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "toolchain": {key.replace("-", "_"): version for key, version in versions.items()},
+        "parents": dict(parents),
+    }
+
+
+def _description(model: Source) -> dict[str, Any]:
+    kept = (
+        "kind", "downsampling", "latent_channels", "scale_factor", "default_size", "size_multiple", "context_length",
+        "license", "conditioning", "prompts",
+    )  # fmt: skip
+    return {key: model.model[key] for key in kept if key in model.model}

@@ -1,0 +1,187 @@
+"""One component of the user's own: `module:function` returns a torch module, example inputs and their free axes."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ldm_deploy.errors import ConfigError, ExportError
+from ldm_deploy.eval.parity import Arrays, Probe, write_probes
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ldm_deploy.export.to_onnx import Axes
+    from ldm_deploy.runtime.bundle import Bundle
+
+
+def export_function(
+    source: str,
+    component: str,
+    out: Path,
+    *,
+    precision: str = "fp32",
+    target: str = "onnxruntime-cpu",
+    threads: int | None = None,
+) -> Bundle:
+    """Export what `source` ("package.module:function") returns: (module, inputs, axes).
+
+    `inputs`: input name -> example tensor, by the names of `forward`'s parameters or in their order. `axes`: input name
+    -> {dimension: symbol}. Outputs are called by their keys if `forward` returns a dict, else `output`, or `output_0`
+    and so on. The engine is compared with the module on the examples and, symbol by symbol, on other sizes. The bundle
+    holds the engine and its probes and no variant. Raises `ConfigError` for what is not as described, and otherwise as
+    `export_source`.
+    """
+    from ldm_deploy.artifact import staged_directory
+    from ldm_deploy.export.export import Traced, build_engine, choose_target, provenance
+    from ldm_deploy.progress import task
+    from ldm_deploy.runtime.bundle import read_bundle, write_bundle
+
+    chosen = choose_target(target, precision)
+    module, inputs, axes = call_function(source)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with staged_directory(out) as staging, task(f"exporting for {target}", 3) as advance:
+        probes = make_probes(ModuleEngine(module), inputs, axes, source)
+        advance()
+        traced = Traced(module, probes, (axes, {name: {} for name in probes[0].outputs}), component, {})
+        traced.write(staging / "traced" / f"{component}.onnx")
+        advance()
+        engine = build_engine(traced, staging, precision=precision, target=chosen, threads=threads)
+        shutil.rmtree(staging / "traced")
+        (staging / "probes").mkdir()
+        write_probes(staging / "probes" / f"{component}.safetensors", probes)
+        advance()
+        whole = dict.fromkeys(("model", "schedule", "tokenizer", "default_variant"))
+        origin = provenance(source, {"module": module_digest(module)}, [chosen])
+        write_bundle(staging, {**origin, **whole, "engines": [engine], "variants": [], "refused": []})
+    return read_bundle(out)
+
+
+def call_function(source: str) -> tuple[nn.Module, Arrays, Axes]:
+    """What "package.module:function" returns, checked: the module in evaluation mode, arrays, axes.
+
+    The module is looked for in the working directory first. Raises `ConfigError`.
+    """
+    where, _, name = source.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        function = getattr(importlib.import_module(where), name, None)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"{source}: there is no module {error.name!r} here; run this where it can be imported"
+        ) from None
+    if not callable(function):
+        raise ConfigError(f"{source}: the module {where} has no function {name!r}")
+    made = function()
+    if not (isinstance(made, tuple) and len(made) == 3 and isinstance(made[0], torch.nn.Module)):
+        kinds = ", ".join(type(part).__name__ for part in made) if isinstance(made, tuple) else type(made).__name__
+        raise ConfigError(f"{source}() returned {kinds}; return (torch.nn.Module, inputs, axes)")
+    module, inputs, axes = made
+    if not inputs or not all(isinstance(value, torch.Tensor) for value in dict(inputs).values()):
+        raise ConfigError(f"{source}() returned the inputs {inputs!r}; return a dict of input name to example tensor")
+    for name, named in dict(axes).items():
+        if name not in inputs:
+            raise ConfigError(
+                f"{source}: axes are given for {name!r}, which is no input; there are: {', '.join(inputs)}"
+            )
+        for axis, symbol in named.items():
+            if not 0 <= axis < inputs[name].ndim:
+                raise ConfigError(
+                    f"{source}: axis {axis} ({symbol}) of {name!r} is not there; it has {inputs[name].ndim} dimensions"
+                )
+    arrays = {name: np.ascontiguousarray(value.detach().cpu().numpy()) for name, value in inputs.items()}
+    return module.eval().requires_grad_(False), arrays, {name: dict(named) for name, named in axes.items()}
+
+
+class ModuleEngine:
+    """A torch module behind the interface of an engine; outputs get their names from what it returns."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.parameters = set(inspect.signature(module.forward).parameters)
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> Arrays:
+        tensors = {name: torch.from_numpy(value) for name, value in feeds.items()}
+        with torch.inference_mode():
+            named = set(feeds) <= self.parameters
+            found = self.module(**tensors) if named else self.module(*tensors.values())
+        if isinstance(found, Mapping):
+            outputs = dict(found)
+        elif isinstance(found, tuple | list) and len(found) > 1:
+            outputs = {f"output_{index}": value for index, value in enumerate(found)}
+        else:
+            outputs = {"output": found[0] if isinstance(found, tuple | list) else found}
+        wrong = next((name for name, value in outputs.items() if not isinstance(value, torch.Tensor)), None)
+        if wrong is not None:
+            raise ExportError(f"forward() returned {type(outputs[wrong]).__name__} as {wrong!r}; return tensors")
+        return {name: value.numpy() for name, value in outputs.items()}
+
+
+def make_probes(engine: ModuleEngine, inputs: Arrays, axes: Axes, source: str) -> list[Probe]:
+    """The examples as given, and each symbol at twice and at half their size: what the module really takes of them.
+
+    Raises `ExportError` for a symbol that the module itself takes at neither.
+    """
+    probes = [Probe(inputs, engine.run(inputs))]
+    for symbol in dict.fromkeys(symbol for named in axes.values() for symbol in named.values()):
+        reasons = []
+        for resize in (_doubled, _halved):
+            resized = {name: resize(value, axes.get(name, {}), symbol) for name, value in inputs.items()}
+            try:
+                probes.append(Probe(resized, engine.run(resized)))
+            except Exception as error:  # whatever the module raises
+                reasons.append(next((line for line in str(error).splitlines() if line.strip()), type(error).__name__))
+        if len(reasons) == 2:
+            raise ExportError(
+                f"{source}: the module takes {symbol!r} neither at twice nor half the example's size ({reasons[0]}); "
+                "take the axis out of axes, or mend forward()"
+            )
+    return probes
+
+
+def _doubled(value: np.ndarray, named: Mapping[int, str], symbol: str) -> np.ndarray:
+    for axis, name in named.items():
+        if name == symbol:
+            value = np.concatenate([value, value], axis=axis)
+    return value
+
+
+def _halved(value: np.ndarray, named: Mapping[int, str], symbol: str) -> np.ndarray:
+    for axis, name in named.items():
+        if name == symbol:
+            value = np.take(value, range(max(1, value.shape[axis] // 2)), axis=axis)
+    return np.ascontiguousarray(value)
+
+
+def module_digest(module: nn.Module) -> str:
+    """sha256 over weights, buffers, settings and source code: what the module computes, as far as it can be read."""
+    from ldm_deploy.artifact import content_key, file_digest
+
+    tensors = {name: _tensor_digest(value) for name, value in module.state_dict().items()}
+    classes = {type(part) for part in module.modules()}
+    files = {inspect.getsourcefile(kind) for kind in classes if not kind.__module__.startswith("torch.")}
+    return content_key(
+        {
+            "tensors": tensors,
+            "layers": repr(module),
+            "code": sorted(file_digest(Path(file)) for file in files if file is not None),
+        }
+    )
+
+
+def _tensor_digest(value: torch.Tensor) -> str:
+    array = value.detach().cpu().contiguous().flatten()
+    content = hashlib.sha256(f"{value.dtype} {tuple(value.shape)}".encode())
+    content.update(array.view(torch.uint8).numpy().data)
+    return content.hexdigest()

@@ -1,0 +1,88 @@
+"""An engine in OpenVINO, on the CPU."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ldm_deploy.errors import EngineError
+
+# What an engine of a precision computes in where it is not told otherwise node by node. Left alone, OpenVINO runs an
+# fp32 graph in bf16 on a CPU that has it.
+HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
+NEEDS = {"f32": "FP32", "bf16": "BF16", "f16": "FP16"}
+ARITHMETIC = frozenset({"Convolution", "GroupConvolution", "Deconvolution", "FullyConnected", "MatMul"})
+NAMES = {"f32": "fp32", "bf16": "bf16", "f16": "fp16", "i8": "int8", "u8": "int8"}
+
+
+class OpenVinoEngine:
+    """`<name>.xml` with its weights beside it. `threads` None leaves the number to OpenVINO.
+
+    Raises `EngineError` if the file cannot be compiled, the CPU lacks the precision, or what was compiled does not
+    compute in it.
+    """
+
+    def __init__(self, path: Path, *, precision: str = "fp32", threads: int | None = None) -> None:
+        import openvino
+
+        self.path = Path(path)
+        hint = HINTS[precision]
+        core = openvino.Core()
+        capabilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        if NEEDS[hint] not in capabilities:
+            raise EngineError(
+                f"engine {path.stem} computes in {precision}, which this CPU does not have "
+                f"(it has {', '.join(capabilities)}); choose another variant"
+            )
+        options: dict[str, Any] = {
+            "INFERENCE_PRECISION_HINT": hint,
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": "1",
+        }
+        if threads is not None:
+            options["INFERENCE_NUM_THREADS"] = threads
+        try:
+            self._compiled = core.compile_model(str(path), "CPU", options)
+        except RuntimeError as error:
+            raise EngineError(f"OpenVINO cannot open {path}: {_reason(error)}; build the engine again") from None
+        self.precision = precision
+        self.outputs = [output.any_name for output in self._compiled.outputs]
+        self._local = threading.local()
+        asked = self._compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+        if asked != hint:
+            raise EngineError(
+                f"engine {path.stem} was to compute in {hint}, OpenVINO says {asked}; report this as a bug"
+            )
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Raises `EngineError` with OpenVINO's own reason. May be called from several threads."""
+        if not hasattr(self._local, "request"):
+            self._local.request = self._compiled.create_infer_request()
+        try:
+            found = self._local.request.infer(dict(feeds), share_inputs=True)
+        except (RuntimeError, TypeError, ValueError) as error:
+            given = ", ".join(f"{name} {value.dtype} {value.shape}" for name, value in feeds.items())
+            raise EngineError(f"engine {self.path.name} failed: {_reason(error)}; it was given {given}") from None
+        return {name: np.array(found[name]) for name in self.outputs}
+
+    def precision_found(self) -> dict[str, int]:
+        """How many nodes that multiply matrices or convolve run in which precision, read from the compiled model."""
+        found: Counter[str] = Counter()
+        for node in self._compiled.get_runtime_model().get_ops():
+            information = node.get_rt_info()
+            kind = information["layerType"].astype(str) if "layerType" in information else ""
+            if kind in ARITHMETIC:
+                precision = information["runtimePrecision"].astype(str)
+                found[NAMES.get(precision, precision)] += 1
+        return dict(sorted(found.items()))
+
+
+def _reason(error: Exception) -> str:
+    """OpenVINO ends its messages with what was wrong; the lines before say where in its sources."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,80 @@
+"""OpenVINO computes in what was asked for, says so, and fails in one line."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ldm_deploy.errors import EngineError, ExportError
+from ldm_deploy.eval.parity import relative_error
+from ldm_deploy.export.to_openvino import to_openvino
+from ldm_deploy.runtime.engine_openvino import OpenVinoEngine
+from ldm_deploy.runtime.engines import OnnxRuntimeEngine
+from tests.tiny_bundle import tiny_models
+
+openvino = pytest.importorskip("openvino")
+BF16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("openvino") / "vae_decoder.onnx"
+    path.write_bytes(tiny_models()["vae_decoder"].SerializeToString())
+    assert [file.suffix for file in to_openvino(path, path.with_suffix(".xml"))] == [".xml", ".bin"]
+    return path
+
+
+def feeds(batch: int, seed: int = 0) -> dict[str, np.ndarray]:
+    return {"latent": np.random.default_rng(seed).standard_normal((batch, 4, 6, 8), np.float32)}
+
+
+def test_fp32_is_fp32_and_any_batch_runs(decoder: Path) -> None:
+    engine = OpenVinoEngine(decoder.with_suffix(".xml"), threads=1)
+    other = OnnxRuntimeEngine(decoder, threads=1)
+    for batch in (1, 3):
+        assert relative_error(other.run(feeds(batch))["image"], engine.run(feeds(batch))["image"]) < 1e-5
+    assert set(engine.precision_found()) == {"fp32"}
+
+
+@pytest.mark.skipif(not BF16, reason="this CPU has no bf16")
+def test_bf16_is_coarser_and_read_back(decoder: Path) -> None:
+    engine = OpenVinoEngine(decoder.with_suffix(".xml"), precision="bf16", threads=1)
+    assert set(engine.precision_found()) == {"bf16"}
+    error = relative_error(OnnxRuntimeEngine(decoder, threads=1).run(feeds(2))["image"], engine.run(feeds(2))["image"])
+    assert 1e-5 < error < 3e-2
+
+
+def test_results_of_two_threads_do_not_mix(decoder: Path) -> None:
+    engine = OpenVinoEngine(decoder.with_suffix(".xml"), threads=1)
+    expected = {seed: engine.run(feeds(2, seed))["image"] for seed in range(4)}
+    wrong = []
+
+    def work(seed: int) -> None:
+        for _ in range(20):
+            if not np.array_equal(engine.run(feeds(2, seed))["image"], expected[seed]):
+                wrong.append(seed)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in expected]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_what_is_wrong_is_one_line(decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = OpenVinoEngine(decoder.with_suffix(".xml"), threads=1)
+    with pytest.raises(EngineError, match=r"vae_decoder.xml failed: .*; it was given latent float32 \(2, 5, 6, 8\)"):
+        engine.run({"latent": np.zeros((2, 5, 6, 8), np.float32)})
+    (tmp_path / "x.xml").write_text("no graph")
+    with pytest.raises(EngineError, match=r"OpenVINO cannot open .*x\.xml: .*; build the engine again"):
+        OpenVinoEngine(tmp_path / "x.xml")
+    (tmp_path / "x.onnx").write_text("no graph")
+    with pytest.raises(ExportError, match="x: OpenVINO cannot read the graph"):
+        to_openvino(tmp_path / "x.onnx", tmp_path / "y.xml")
+    monkeypatch.setattr(openvino.Core, "get_property", lambda self, device, name: ["FP32", "INT8"])
+    with pytest.raises(EngineError, match=r"computes in bf16, which this CPU does not have \(it has FP32, INT8\)"):
+        OpenVinoEngine(decoder.with_suffix(".xml"), precision="bf16")
