@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ldm_deploy.eval.parity import ParityResult, Probe
+    from ldm_deploy.export.half import HalfReport
     from ldm_deploy.models.sources import Source
     from ldm_deploy.onnx_graph import ValueInfo
     from ldm_deploy.runtime.bundle import Bundle
@@ -55,7 +56,7 @@ def export_source(
     for component in wanted:
         if component not in modules:
             raise ConfigError(f"component {component!r} is not in this model; there are: {', '.join(modules)}")
-    with staged_directory(out) as staging, task("exporting", 1 + len(wanted) * (1 + len(chosen))) as advance:
+    with staged_directory(out) as staging, task("exporting", 1 + len(wanted) * len(chosen)) as advance:
         probes = make_probes(model, components=wanted, seed=seed, threads=threads)
         advance()
         (staging / "tokenizer.json").write_text(model.tokenizer_text(), encoding="utf-8")
@@ -65,9 +66,8 @@ def export_source(
         for component in wanted:
             write_probes(staging / "probes" / f"{component}.safetensors", probes[component])
             axes = component_axes(component, model.model["downsampling"], model.signatures[component])
-            traced = Traced(modules[component], probes[component], axes, component, value_ranges(model.model))
-            traced.write(staging / "traced" / f"{component}.onnx")
-            advance()
+            ranges, folder = value_ranges(model.model), staging / "traced"
+            traced = Traced(modules[component], probes[component], axes, component, ranges, folder)
             for precision, target in chosen:
                 try:
                     engines.append(build_engine(traced, staging, precision=precision, target=target, threads=threads))
@@ -76,7 +76,7 @@ def export_source(
                         raise
                     refused.append(refusal(component, precision, target, str(error)))
                 advance()
-            shutil.rmtree(staging / "traced")
+            shutil.rmtree(folder)
         complete = set(wanted) == set(modules)
         drawn = _variants(chosen, engines, model.model["sampling"]) if complete else []
         write_bundle(
@@ -111,18 +111,42 @@ def choose_target(name: str, precision: str) -> Target:
 
 @dataclass
 class Traced:
-    """A component on its way: the module, what it is judged on, and its ONNX file once `write` was called."""
+    """A component on its way: the module, what it is judged on, and its graphs, one per precision, in `folder`."""
 
     module: nn.Module
     probes: Sequence[Probe]
     axes: tuple[Axes, Axes]
     component: str
     ranges: Ranges
-    onnx: Path = Path()
+    folder: Path
+    graphs: dict[str, Path] = field(default_factory=dict)
+    reports: dict[str, HalfReport] = field(default_factory=dict)
 
-    def write(self, path: Path) -> None:
-        export_module(self.module, largest(self.probes).inputs, *self.axes, path, component=self.component)
-        self.onnx = path
+    def graph(self, precision: str) -> Path:
+        """The ONNX file in a precision, written when it is first asked for.
+
+        A narrower one than fp32 is proven in torch first: on a CPU, engines may compute wider than the graph says and
+        hide that a value overflows (`ParityError`).
+        """
+        if precision not in self.graphs:
+            path = self.folder / f"{self.component}-{precision}.onnx"
+            module = self.module if precision == "fp32" else self._narrow(precision)
+            export_module(module, largest(self.probes).inputs, *self.axes, path, component=self.component)
+            self.graphs[precision] = path
+        return self.graphs[precision]
+
+    def _narrow(self, precision: str) -> nn.Module:
+        from ldm_deploy.eval.budget import load_budget
+        from ldm_deploy.eval.parity import check_parity
+        from ldm_deploy.export.half import to_half
+        from ldm_deploy.models.torch_engine import TorchEngine
+
+        samples = [probe.inputs for probe in self.probes]
+        module, self.reports[precision] = to_half(self.module, samples, self.axes[0], precision)
+        engine = TorchEngine(self.component, module, (tuple(self.axes[0]), tuple(self.axes[1])))
+        limit = load_budget(None).parity_limit(precision, self.component)
+        check_parity(engine, self.probes, limit, component=self.component, name=f"{precision} in torch")
+        return module
 
 
 def build_engine(
@@ -142,7 +166,8 @@ def build_engine(
     component, stem = traced.component, f"{traced.component}-{precision}"
     folder = staging / "engines"
     folder.mkdir(exist_ok=True)
-    files = target.build(traced.onnx, folder / stem)
+    graph = traced.graph(precision)
+    files = target.build(graph, folder / stem)
     record = EngineRecord(
         id=f"{stem}-{target.name}",
         component=component,
@@ -157,17 +182,20 @@ def build_engine(
         limit = load_budget(None).parity_limit(precision, component)
         parity = check_parity(engine, traced.probes, limit, component=component, name=record.id)
         found = target.precision_found(engine)
-        if found and precision not in found:
-            raise ExportError(f"{component}: engine {record.id} computes nothing in {precision} (read back: {found})")
+        computes = target.precisions[precision]
+        if found and computes not in found:
+            raise ExportError(f"{component}: engine {record.id} computes nothing in {computes} (read back: {found})")
     except (EngineError, ExportError):
         for file in files:
             file.unlink()
         raise
-    graph = load_model(traced.onnx, weights=False)
-    signature = read_signature(graph)
-    return describe_engine(
-        record, staging, signature=signature, opset=read_opset(graph), found=found, parity=parity, ranges=traced.ranges
-    )
+    model = load_model(graph, weights=False)
+    entry = describe_engine(
+        record, staging, signature=read_signature(model), opset=read_opset(model), found=found, parity=parity,
+        ranges=traced.ranges,
+    )  # fmt: skip
+    report = traced.reports.get(precision)
+    return entry if report is None else {**entry, "narrowed": report.to_dict()}
 
 
 def refusal(component: str, precision: str, target: Target, reason: str) -> dict[str, Any]:

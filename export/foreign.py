@@ -53,11 +53,11 @@ def export_function(
     with staged_directory(out) as staging, task(f"exporting for {target}", 3) as advance:
         probes = make_probes(ModuleEngine(module), inputs, axes, source)
         advance()
-        traced = Traced(module, probes, (axes, {name: {} for name in probes[0].outputs}), component, {})
-        traced.write(staging / "traced" / f"{component}.onnx")
-        advance()
+        folder = staging / "traced"
+        traced = Traced(module, probes, (axes, {name: {} for name in probes[0].outputs}), component, {}, folder)
         engine = build_engine(traced, staging, precision=precision, target=chosen, threads=threads)
-        shutil.rmtree(staging / "traced")
+        advance()
+        shutil.rmtree(folder)
         (staging / "probes").mkdir()
         write_probes(staging / "probes" / f"{component}.safetensors", probes)
         advance()

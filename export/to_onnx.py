@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import os
 import re
 import shutil
@@ -69,6 +68,7 @@ def export_module(
     import torch
 
     from ldm_deploy.export.attention import written_out
+    from ldm_deploy.export.graph import bind, root_cause
 
     for name, axes in input_axes.items():
         for axis, symbol in axes.items():
@@ -77,21 +77,19 @@ def export_module(
                     f"{component}: example input {name!r} has length {inputs[name].shape[axis]} on axis {axis} "
                     f"({symbol}); give 2 or more, shorter ones are traced as constants"
                 )
-    dynamic = {name: dict.fromkeys(input_axes.get(name, {}), torch.export.Dim.AUTO) for name in inputs}
-    tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
-    named = set(inputs) <= set(inspect.signature(module.forward).parameters)
+    args, kwargs, dynamic = bind(module, inputs, input_axes)
     try:
         with _quiet_exporter(), written_out():
             program = torch.onnx.export(
                 module,
-                () if named else tuple(tensors.values()),
-                kwargs=tensors if named else None,
+                args,
+                kwargs=kwargs,
                 dynamo=True,
                 verbose=False,
                 opset_version=OPSET,
                 input_names=list(inputs),
                 output_names=list(output_axes),
-                dynamic_shapes=dynamic if named else tuple(dynamic.values()),
+                dynamic_shapes=dynamic,
             )
     except Exception as error:
         raise ExportError(
@@ -131,13 +129,6 @@ def _link(source: Path, path: Path) -> None:
         os.link(source, path)
     except OSError:  # another file system, or one without links
         shutil.copyfile(source, path)
-
-
-def root_cause(error: BaseException) -> str:
-    """The first line of the innermost exception: the outer ones only say that some step failed."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return next((line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _name_inputs(values: Sequence[Any], axes: Axes, component: str) -> dict[str, str]:

@@ -131,7 +131,7 @@ def train(
 def export(
     source: Source,
     out: Out,
-    precision: Annotated[str, Option("--precision", metavar="P", help="fp32 or bf16 (fp16: later).")] = "fp32",
+    precision: Annotated[str, Option("--precision", metavar="P", help="fp32, fp16 or bf16.")] = "fp32",
     target: Annotated[str, Option("--target", metavar="T", help="<runtime>-<device>.")] = "onnxruntime-cpu",
     component: Component = None,
     json: Json = None, seed: Seed = 0, threads: Threads = None, quiet: Quiet = False,

@@ -23,7 +23,7 @@ TARGETS_BUILT = ("onnxruntime-cpu", "openvino-cpu")
 COMPONENTS = ("text_encoder", "unet", "vae_encoder", "vae_decoder", "pipeline")
 COMPONENTS_BUILT = ("text_encoder", "unet", "vae_encoder", "vae_decoder")
 PRECISIONS = ("fp32", "fp16", "bf16")
-PRECISIONS_BUILT = ("fp32", "bf16")
+PRECISIONS_BUILT = ("fp32", "fp16", "bf16")
 IMAGE_FORMATS = {".png": "PNG", ".bmp": "BMP"}
 
 

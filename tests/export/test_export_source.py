@@ -135,9 +135,34 @@ def test_a_wrong_export_leaves_nothing_behind(reference: Path, tmp_path: Path, m
 
 
 def test_what_is_not_built_is_said(reference: Path, tmp_path: Path) -> None:
-    with pytest.raises(StageMissingError, match="'fp16' is not built for onnxruntime-cpu; there is: fp32"):
-        export_source(reference, tmp_path / "out", variants=[("fp16", "onnxruntime-cpu")])
+    with pytest.raises(StageMissingError, match="'bf16' is not built for onnxruntime-cpu; there is: fp32, fp16"):
+        export_source(reference, tmp_path / "out", variants=[("bf16", "onnxruntime-cpu")])
     with pytest.raises(StageMissingError, match="'tensorrt-cuda' is not built yet; there is: onnxruntime-cpu"):
         export_source(reference, tmp_path / "out", variants=[("fp32", "tensorrt-cuda")])
     with pytest.raises(ConfigError, match="'decoder' is not in this model; there are: text_encoder, unet"):
         export_source(reference, tmp_path / "out", components=["decoder"])
+
+
+def test_half_precision_is_half_the_size_and_proven(reference: Path, tmp_path: Path) -> None:
+    variants = [
+        ("fp32", "onnxruntime-cpu"),
+        ("fp16", "onnxruntime-cpu"),
+        ("fp32", "openvino-cpu"),
+        ("bf16", "openvino-cpu"),
+    ]
+    bundle = export_source(reference, tmp_path / "bundle", variants=variants, components=["unet"], threads=1)
+    verify_bundle(bundle.root)
+    engines = {engine["id"]: engine for engine in bundle.data["engines"]}
+    wide, narrow = engines["unet-fp32-onnxruntime-cpu"], engines["unet-fp16-onnxruntime-cpu"]
+    assert 0.4 < narrow["size_bytes"] / wide["size_bytes"] < 0.75
+    assert 1e-5 < narrow["parity"]["relative_error"] < narrow["parity"]["limit"] == 5e-3
+    assert set(narrow["precision_found"]) == {"fp32"}  # what ONNX Runtime's CPU computes in
+    assert narrow["narrowed"]["limit"] == 65504
+    assert len(narrow["narrowed"]["largest"]) == 20
+    assert "narrowed" not in wide
+    refused = {entry["name"] for entry in bundle.data["refused"]}
+    if "unet-bf16-openvino-cpu" in engines:
+        assert set(engines["unet-bf16-openvino-cpu"]["precision_found"]) == {"bf16"}
+        assert refused == set()
+    else:
+        assert refused == {"unet-bf16-openvino-cpu"}  # a CPU without bf16: said, with the reason
