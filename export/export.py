@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ldm_deploy.errors import ConfigError, EngineError, ExportError, StageMissingError
 from ldm_deploy.export.targets import TARGETS, Target
 from ldm_deploy.export.to_onnx import Axes, component_axes, export_module
+from ldm_deploy.runtime.bundle import EngineRecord
 
 if TYPE_CHECKING:
     from torch import nn
@@ -85,7 +86,7 @@ def export_source(
                 **provenance(
                     model.model["name"], {"reference": source_digest(model.directory)}, [target for _, target in chosen]
                 ),
-                "model": _description(model),
+                "model": describe_model(model),
                 "schedule": model.model["schedule"],
                 "tokenizer": "tokenizer.json",
                 "default_variant": drawn[0]["name"] if drawn else None,
@@ -160,7 +161,6 @@ def build_engine(
     from ldm_deploy.eval.budget import load_budget
     from ldm_deploy.eval.parity import check_parity
     from ldm_deploy.onnx_graph import load_model, read_opset, read_signature
-    from ldm_deploy.runtime.bundle import EngineRecord
     from ldm_deploy.runtime.engines import open_engine
 
     component, stem = traced.component, f"{traced.component}-{precision}"
@@ -168,15 +168,7 @@ def build_engine(
     folder.mkdir(exist_ok=True)
     graph = traced.graph(precision)
     files = target.build(graph, folder / stem)
-    record = EngineRecord(
-        id=f"{stem}-{target.name}",
-        component=component,
-        precision=precision,
-        runtime=target.runtime,
-        runtime_versions=target.versions,
-        device=target.device,
-        files=tuple(file.relative_to(staging).as_posix() for file in files),
-    )
+    record = engine_record(component, precision, target, files, staging)
     try:
         engine = open_engine(record, staging, threads=threads)
         limit = load_budget(None).parity_limit(precision, component)
@@ -224,8 +216,21 @@ def _variants(
     return found
 
 
+def engine_record(component: str, precision: str, target: Target, files: Sequence[Path], root: Path) -> EngineRecord:
+    """What the runtime opens; `files` lie in `root`."""
+    return EngineRecord(
+        id=f"{component}-{precision}-{target.name}",
+        component=component,
+        precision=precision,
+        runtime=target.runtime,
+        runtime_versions=target.versions,
+        device=target.device,
+        files=tuple(file.relative_to(root).as_posix() for file in files),
+    )
+
+
 def describe_engine(
-    record: Any,
+    record: EngineRecord,
     root: Path,
     *,
     signature: tuple[Sequence[ValueInfo], Sequence[ValueInfo]],
@@ -286,7 +291,8 @@ def provenance(name: str, parents: Mapping[str, str], targets: Sequence[Target])
     }
 
 
-def _description(model: Source) -> dict[str, Any]:
+def describe_model(model: Source) -> dict[str, Any]:
+    """What bundle.json says of the model."""
     kept = (
         "kind", "downsampling", "latent_channels", "scale_factor", "default_size", "size_multiple", "context_length",
         "license", "conditioning", "prompts",

@@ -134,6 +134,8 @@ def export(
     precision: Annotated[str, Option("--precision", metavar="P", help="fp32, fp16 or bf16.")] = "fp32",
     target: Annotated[str, Option("--target", metavar="T", help="<runtime>-<device>.")] = "onnxruntime-cpu",
     component: Component = None,
+    sampler: Annotated[str | None, Option("--sampler", metavar="S", help="Of the component pipeline.")] = None,
+    steps: Annotated[int | None, Option("--steps", metavar="N", help="Of the component pipeline.")] = None,
     json: Json = None, seed: Seed = 0, threads: Threads = None, quiet: Quiet = False,
 ) -> Result:  # fmt: skip
     """Turn a model into engines checked against torch."""
@@ -146,6 +148,17 @@ def export(
 
         export_function(source, component[0], out, precision=precision, target=target, threads=threads)
         return commands.read_json(out / "bundle.json"), 0
+    if "pipeline" in (component or ()):
+        if component != ["pipeline"]:
+            raise ConfigError("--component pipeline holds the others; export it by itself, into a directory of its own")
+        from ldm_deploy.export.whole import export_pipeline
+
+        export_pipeline(
+            source, out, precision=precision, target=target, sampler=sampler, steps=steps, seed=seed, threads=threads
+        )
+        return commands.read_json(out / "bundle.json"), 0
+    if sampler is not None or steps is not None:
+        raise ConfigError("--sampler and --steps are fixed in the component pipeline only; give --component pipeline")
     from ldm_deploy.export.export import export_source
 
     variants = [(precision, target)]

@@ -21,7 +21,7 @@ TARGETS = (
 )
 TARGETS_BUILT = ("onnxruntime-cpu", "openvino-cpu")
 COMPONENTS = ("text_encoder", "unet", "vae_encoder", "vae_decoder", "pipeline")
-COMPONENTS_BUILT = ("text_encoder", "unet", "vae_encoder", "vae_decoder")
+COMPONENTS_BUILT = COMPONENTS
 PRECISIONS = ("fp32", "fp16", "bf16")
 PRECISIONS_BUILT = ("fp32", "fp16", "bf16")
 IMAGE_FORMATS = {".png": "PNG", ".bmp": "BMP"}
@@ -144,8 +144,11 @@ def draw(
     pipeline = ldm_deploy.load(bundle, variant=variant, threads=threads)
     loaded = time.perf_counter()
     given = {key: value for key, value in request.items() if value is not None}
-    with task("drawing", given.get("steps", pipeline.steps)) as advance:
-        pixels = pipeline(prompt, on_step=lambda *_: advance(), **given)[0]
+    if pipeline.at_once:
+        pixels = pipeline(prompt, **given)[0]
+    else:
+        with task("drawing", given.get("steps", pipeline.steps)) as advance:
+            pixels = pipeline(prompt, on_step=lambda *_: advance(), **given)[0]
     drawn = time.perf_counter()
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format=IMAGE_FORMATS[out.suffix.lower()])

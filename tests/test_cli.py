@@ -112,7 +112,6 @@ def test_wrong_arguments_are_one_line_and_exit_2(ldm_deploy_cli: Cli, arguments:
             "for 'openvino-cpu' is not built yet",
         ),
         (["export", "reference", "--out", "b", "--precision", "bf16"], "not built for onnxruntime-cpu; there is: fp32"),
-        (["export", "reference", "--out", "b", "--component", "pipeline"], "there is: text_encoder, unet"),
         (["eval", "b", "--against", "report.json"], "--against is not built yet"),
     ],
 )

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ldm_deploy.diffusion.schedule import Schedule
+from ldm_deploy.errors import ConfigError
 
 SAMPLERS = ("ddim", "ddpm", "dpmsolver++", "euler", "lcm")
 
@@ -150,6 +151,28 @@ class SamplerRun:
             return lcm_step(sample, original, timestep, a_next, self._noise(index))
         earlier, self._earlier = self._earlier, (original, a_t)
         return dpmsolver_step(sample, original, a_t, a_next, earlier)
+
+
+def step_coefficients(sampler: str, schedule: Schedule, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """A deterministic sampler as tables: timesteps int64 (steps,) and coefficients float64 (steps, 5).
+
+    next = c0 sample + c1 prediction + c2 earlier, original = c3 sample + c4 prediction, where `earlier` is the step
+    before's `original`. Every such step is linear, so that the samplers above, given unit vectors, return them. Raises
+    `ConfigError` for a sampler that draws noise on the way.
+    """
+
+    def no_noise(index: int) -> np.ndarray:
+        raise ConfigError(f"sampler {sampler!r} draws noise at every step; here it must be ddim, dpmsolver++ or euler")
+
+    run = SamplerRun(sampler, schedule, steps, no_noise)
+    of_sample, of_prediction, of_earlier = np.eye(3)
+    rows = []
+    for index, (_, a_t, _) in enumerate(run.levels):
+        if run._earlier is not None:
+            run._earlier = of_earlier, run._earlier[1]
+        original = predicted_original(of_sample, of_prediction, a_t, run.prediction_type)
+        rows.append([*run.step(index, of_sample, of_prediction), *original[:2]])
+    return np.array([timestep for timestep, _, _ in run.levels], np.int64), np.array(rows)
 
 
 def noise_levels(schedule: Schedule, steps: int) -> list[tuple[int, float, float]]:

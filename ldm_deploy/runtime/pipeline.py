@@ -85,6 +85,11 @@ class Pipeline:
         replaced = ChainMap(dict(engines), cast("dict[str, Engine]", self.components))
         return Pipeline(replaced, self.tokenizer, self.model, self.schedule, defaults)
 
+    @property
+    def at_once(self) -> bool:
+        """Whether one engine holds the whole pipeline: sampler and steps are fixed in it, and it tells of no step."""
+        return "pipeline" in self.components
+
     def __call__(
         self,
         prompt: str | Sequence[str],
@@ -108,12 +113,43 @@ class Pipeline:
         Raises `PromptError` for a request that cannot be served, and `EngineError` naming the component for an engine
         that fails or returns what is not finite.
         """
+        if self.at_once:
+            asked = {"steps": steps, "sampler": sampler}
+            refused = {"negative_prompt": negative_prompt, "guidance_rescale": guidance_rescale, "on_step": on_step}
+            return self._draw_at_once(prompt, seed, guidance_scale, size, asked, refused)
         latents = self.sample_latents(
             prompt, seed, steps, guidance_scale,
             negative_prompt=negative_prompt, size=size, sampler=sampler, guidance_rescale=guidance_rescale,
             on_step=on_step,
         )  # fmt: skip
         return self.decode(latents)
+
+    def _draw_at_once(
+        self,
+        prompt: str | Sequence[str],
+        seed: int | Sequence[int],
+        guidance_scale: float | None,
+        size: tuple[int, int] | None,
+        asked: Mapping[str, Any],
+        refused: Mapping[str, Any],
+    ) -> np.ndarray:
+        """With an engine that holds everything; what was fixed when it was made cannot be asked for differently."""
+        for name, value in asked.items():
+            fixed = getattr(self, name)
+            if value is not None and value != fixed:
+                raise PromptError(f"{name} is {value!r}; in this variant's engine it is fixed: {fixed!r}")
+        for name, value in refused.items():
+            if value:
+                raise PromptError(f"{name} is not to be had from an engine that holds the whole pipeline; leave it out")
+        prompts = prompt_list(prompt)
+        seeds = image_seeds(seed, len(prompts))
+        scale = check_guidance_scale(self.guidance_scale if guidance_scale is None else guidance_scale)
+        feeds = {
+            "input_ids": self.tokenizer.encode(prompts),
+            "noise": gaussian_noise(seeds, latent_shape(self.model, size)),
+            "guidance_scale": np.array(scale, np.float32),
+        }
+        return self._run("pipeline", feeds)["image"]
 
     def sample_latents(
         self,
