@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm_deploy.errors import ConfigError, EngineError, ExportError, StageMissingError
-from ldm_deploy.export.targets import TARGETS, Target
+from ldm_deploy.export.targets import TARGETS, Built, Shapes, Target
 from ldm_deploy.export.to_onnx import Axes, component_axes, export_module
 from ldm_deploy.runtime.bundle import EngineRecord
 
@@ -167,18 +167,18 @@ def build_engine(
     folder = staging / "engines"
     folder.mkdir(exist_ok=True)
     graph = traced.graph(precision)
-    files = target.build(graph, folder / stem)
-    record = engine_record(component, precision, target, files, staging)
+    built = target.build(graph, folder / stem, proven_shapes(traced.probes))
+    record = engine_record(component, precision, target, built, staging)
     try:
         engine = open_engine(record, staging, threads=threads)
         limit = load_budget(None).parity_limit(precision, component)
         parity = check_parity(engine, traced.probes, limit, component=component, name=record.id)
-        found = target.precision_found(engine)
+        found = precision_of(target, built, engine)
         computes = target.precisions[precision]
         if found and computes not in found:
             raise ExportError(f"{component}: engine {record.id} computes nothing in {computes} (read back: {found})")
     except (EngineError, ExportError):
-        for file in files:
+        for file in built.files:
             file.unlink()
         raise
     model = load_model(graph, weights=False)
@@ -216,8 +216,8 @@ def _variants(
     return found
 
 
-def engine_record(component: str, precision: str, target: Target, files: Sequence[Path], root: Path) -> EngineRecord:
-    """What the runtime opens; `files` lie in `root`."""
+def engine_record(component: str, precision: str, target: Target, built: Built, root: Path) -> EngineRecord:
+    """What the runtime opens; its files lie in `root`."""
     return EngineRecord(
         id=f"{component}-{precision}-{target.name}",
         component=component,
@@ -225,8 +225,27 @@ def engine_record(component: str, precision: str, target: Target, files: Sequenc
         runtime=target.runtime,
         runtime_versions=target.versions,
         device=target.device,
-        files=tuple(file.relative_to(root).as_posix() for file in files),
+        files=tuple(file.relative_to(root).as_posix() for file in built.files),
+        built_for=built.built_for,
     )
+
+
+def precision_of(target: Target, built: Built, engine: Any) -> Mapping[str, int]:
+    """What the build told, else what the opened engine tells."""
+    if built.precision_found is not None:
+        return built.precision_found
+    assert target.precision_found is not None
+    return target.precision_found(engine)
+
+
+def proven_shapes(probes: Sequence[Probe]) -> Shapes:
+    """Of every input, axis by axis, the smallest and the largest size among the probes; usual is the first probe."""
+    found = {}
+    for name, value in probes[0].inputs.items():
+        shapes = [probe.inputs[name].shape for probe in probes]
+        found[name] = (tuple(map(min, *shapes)) if len(shapes) > 1 else value.shape, value.shape,
+                       tuple(map(max, *shapes)) if len(shapes) > 1 else value.shape)  # fmt: skip
+    return found
 
 
 def describe_engine(
@@ -251,7 +270,7 @@ def describe_engine(
         "runtime": record.runtime,
         "runtime_versions": record.runtime_versions,
         "device": record.device,
-        "built_for": None,
+        "built_for": record.built_for,
         "files": list(record.files),
         "inputs": [with_range(value) for value in signature[0]],
         "outputs": [with_range(value) for value in signature[1]],

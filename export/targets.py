@@ -7,6 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+Sizes = tuple[int, ...]
+Shapes = Mapping[str, tuple[Sizes, Sizes, Sizes]]  # input -> the smallest, the usual and the largest it was proven on
+
+
+@dataclass(frozen=True)
+class Built:
+    """An engine's files; what it needs of the machine, and which precisions it has, where the build tells that."""
+
+    files: list[Path]
+    built_for: dict[str, Any] | None = None
+    precision_found: dict[str, int] | None = None
+
 
 @dataclass(frozen=True)
 class Target:
@@ -17,19 +29,19 @@ class Target:
     versions: str  # of the runtime
     packages: tuple[str, ...]  # whose versions are recorded
     precisions: Mapping[str, str]  # precision of an engine -> what the runtime then computes in
-    build: Callable[[Path, Path], list[Path]]
-    precision_found: Callable[[Any], dict[str, int]]
+    build: Callable[[Path, Path, Shapes], Built]
+    precision_found: Callable[[Any], dict[str, int]] | None = None
 
     @property
     def name(self) -> str:
         return f"{self.runtime}-{self.device}"
 
 
-def _copy(onnx: Path, stem: Path) -> list[Path]:
+def _copy(onnx: Path, stem: Path, shapes: Shapes) -> Built:
     """The file itself, with another name for its external data."""
     from ldm_deploy.export.to_onnx import copy_onnx
 
-    return copy_onnx(onnx, stem.with_name(f"{stem.name}.onnx"))
+    return Built(copy_onnx(onnx, stem.with_name(f"{stem.name}.onnx")))
 
 
 def _found_in_onnxruntime(engine: Any) -> dict[str, int]:
@@ -38,10 +50,21 @@ def _found_in_onnxruntime(engine: Any) -> dict[str, int]:
     return precision_found(engine.path)
 
 
-def _to_openvino(onnx: Path, stem: Path) -> list[Path]:
+def _to_openvino(onnx: Path, stem: Path, shapes: Shapes) -> Built:
     from ldm_deploy.export.to_openvino import to_openvino
 
-    return to_openvino(onnx, stem.with_name(f"{stem.name}.xml"))
+    return Built(to_openvino(onnx, stem.with_name(f"{stem.name}.xml")))
+
+
+def _to_tensorrt(onnx: Path, stem: Path, shapes: Shapes) -> Built:
+    from ldm_deploy.export.tensorrt_rules import check_graph
+    from ldm_deploy.export.to_tensorrt import to_tensorrt
+    from ldm_deploy.onnx_graph import load_model
+
+    check_graph(load_model(onnx), onnx.stem)
+    plan = stem.with_name(f"{stem.name}.plan")
+    found = to_tensorrt(onnx, plan, shapes)
+    return Built([plan], **found)
 
 
 def _found_in_openvino(engine: Any) -> dict[str, int]:
@@ -57,4 +80,8 @@ _ORT = Target(
 _OPENVINO = Target(
     "openvino", "cpu", ">=2025.2", ("openvino",), {"fp32": "fp32", "bf16": "bf16"}, _to_openvino, _found_in_openvino
 )
-TARGETS = {target.name: target for target in (_ORT, _OPENVINO)}
+# Checked against NVIDIA's bindings only: no engine was built and measured on a GPU yet.
+_TENSORRT = Target(
+    "tensorrt", "cuda", ">=10.13", ("tensorrt",), {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16"}, _to_tensorrt
+)
+TARGETS = {target.name: target for target in (_ORT, _OPENVINO, _TENSORRT)}

@@ -141,13 +141,13 @@ def _engine(
     threads: int | None,
 ) -> dict[str, Any]:
     from ldm_deploy.eval.budget import load_budget
-    from ldm_deploy.export.export import describe_engine, engine_record
+    from ldm_deploy.export.export import describe_engine, engine_record, precision_of, proven_shapes
     from ldm_deploy.onnx_graph import load_model, read_opset, read_signature
     from ldm_deploy.runtime.engines import open_engine
 
     (staging / "engines").mkdir()
-    files = target.build(graph, staging / "engines" / f"pipeline-{precision}")
-    record = engine_record("pipeline", precision, target, files, staging)
+    built = target.build(graph, staging / "engines" / f"pipeline-{precision}", proven_shapes(probes))
+    record = engine_record("pipeline", precision, target, built, staging)
     engine = open_engine(record, staging, threads=threads)
     limit = load_budget(None).parity_limit(precision, "pipeline")
     parity = check_parity(engine, probes, limit, component="pipeline", name=record.id)
@@ -161,7 +161,7 @@ def _engine(
     model = load_model(graph, weights=False)
     return describe_engine(
         record, staging, signature=read_signature(model), opset=read_opset(model),
-        found=target.precision_found(engine), parity=parity, ranges={key: ranges[key] for key in ("input_ids",)},
+        found=precision_of(target, built, engine), parity=parity, ranges={key: ranges[key] for key in ("input_ids",)},
     )  # fmt: skip
 
 

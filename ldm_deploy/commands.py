@@ -19,7 +19,7 @@ TARGETS = (
     "torch-tensorrt-cuda",
     "aoti-cuda",
 )
-TARGETS_BUILT = ("onnxruntime-cpu", "openvino-cpu")
+TARGETS_BUILT = ("onnxruntime-cpu", "openvino-cpu", "tensorrt-cuda")
 COMPONENTS = ("text_encoder", "unet", "vae_encoder", "vae_decoder", "pipeline")
 COMPONENTS_BUILT = COMPONENTS
 PRECISIONS = ("fp32", "fp16", "bf16")

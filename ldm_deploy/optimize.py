@@ -19,7 +19,7 @@ from ldm_deploy.artifact import (
     staged_directory,
     tool_versions,
 )
-from ldm_deploy.errors import ConfigError
+from ldm_deploy.errors import StageMissingError
 from ldm_deploy.progress import note
 
 # What is tried for a target, beside what quantization makes of it.
@@ -52,7 +52,7 @@ def optimize(
 
     for target in targets:
         if target not in PRECISIONS:
-            raise ConfigError(f"target {target!r} is not built yet; there is: {', '.join(PRECISIONS)}")
+            raise StageMissingError(f"target {target!r} is not built yet; there is: {', '.join(PRECISIONS)}")
     check_replaceable(out)
     limits = load_budget(budget)
     reference = resolve_source(source)

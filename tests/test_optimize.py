@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ldm_deploy.errors import ConfigError
+from ldm_deploy.errors import StageMissingError
 from ldm_deploy.optimize import _stage, optimize
 
 
@@ -67,5 +67,5 @@ def test_old_receipt_does_not_cover_a_killed_rebuild(tmp_path):
 
 
 def test_unbuilt_target_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="target 'tensorrt-cuda' is not built yet; there is: onnxruntime-cpu"):
+    with pytest.raises(StageMissingError, match="target 'tensorrt-cuda' is not built yet; there is: onnxruntime-cpu"):
         optimize("reference", tmp_path / "out", targets=["tensorrt-cuda"])

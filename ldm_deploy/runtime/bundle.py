@@ -24,7 +24,10 @@ from ldm_deploy.runtime.checks import (
 )
 
 # Distributions that bring a runtime's library; the name of the runtime itself where it is not here.
-DISTRIBUTIONS = {"onnxruntime": ("onnxruntime", "onnxruntime-gpu")}
+DISTRIBUTIONS = {
+    "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
+    "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
+}
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class EngineRecord:
     runtime_versions: str
     device: str
     files: tuple[str, ...]
+    built_for: dict[str, Any] | None = None  # what an engine that is not portable needs of the machine
 
 
 @dataclass(frozen=True)
@@ -161,5 +165,5 @@ def _checked(root: Path, data: dict[str, Any], *, check_digests: bool) -> Bundle
 
 def _record(kind: type[Any], entry: Mapping[str, Any]) -> Any:
     """The fields of a record, picked from a checked entry; keys it does not know are left in `Bundle.data`."""
-    values = {field.name: entry[field.name] for field in fields(kind)}
+    values = {field.name: entry[field.name] for field in fields(kind) if field.name in entry}
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})

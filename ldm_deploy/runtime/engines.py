@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ldm_deploy.runtime.bundle import EngineRecord
 
 
-TARGETS = ("onnxruntime-cpu", "openvino-cpu")  # what this version runs
+TARGETS = ("onnxruntime-cpu", "openvino-cpu", "tensorrt-cuda")  # what this version runs
 
 
 @dataclass(frozen=True)
@@ -121,4 +121,8 @@ def open_engine(record: EngineRecord, root: Path, *, threads: int | None = None,
         from ldm_deploy.runtime.engine_openvino import OpenVinoEngine
 
         return OpenVinoEngine(path, precision=record.precision, threads=threads)
+    if record.runtime == "tensorrt":
+        from ldm_deploy.runtime.engine_tensorrt import TensorRtEngine
+
+        return TensorRtEngine([root / file for file in record.files], record.built_for or {})
     return OnnxRuntimeEngine(path, threads=threads, spinning=spinning)

@@ -110,8 +110,8 @@ def test_a_wrong_export_leaves_nothing_behind(reference: Path, tmp_path: Path, m
 def test_what_is_not_built_is_said(reference: Path, tmp_path: Path) -> None:
     with pytest.raises(StageMissingError, match="'bf16' is not built for onnxruntime-cpu; there is: fp32, fp16"):
         export_source(reference, tmp_path / "out", variants=[("bf16", "onnxruntime-cpu")])
-    with pytest.raises(StageMissingError, match="'tensorrt-cuda' is not built yet; there is: onnxruntime-cpu"):
-        export_source(reference, tmp_path / "out", variants=[("fp32", "tensorrt-cuda")])
+    with pytest.raises(StageMissingError, match="'aoti-cuda' is not built yet; there is: onnxruntime-cpu"):
+        export_source(reference, tmp_path / "out", variants=[("fp32", "aoti-cuda")])
     with pytest.raises(ConfigError, match="'decoder' is not in this model; there are: text_encoder, unet"):
         export_source(reference, tmp_path / "out", components=["decoder"])
 
