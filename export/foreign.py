@@ -129,23 +129,24 @@ class ModuleEngine:
 
 
 def make_probes(engine: ModuleEngine, inputs: Arrays, axes: Axes, source: str) -> list[Probe]:
-    """The examples as given, and each symbol at twice and at half their size: what the module really takes of them.
+    """The examples as given, and each symbol at half its size, or twice where the module does not take half.
 
     Raises `ExportError` for a symbol that the module itself takes at neither.
     """
     probes = [Probe(inputs, engine.run(inputs))]
     for symbol in dict.fromkeys(symbol for named in axes.values() for symbol in named.values()):
         reasons = []
-        for resize in (_doubled, _halved):
+        for resize in (_halved, _doubled):
             resized = {name: resize(value, axes.get(name, {}), symbol) for name, value in inputs.items()}
             try:
                 probes.append(Probe(resized, engine.run(resized)))
+                break
             except Exception as error:  # whatever the module raises
                 reasons.append(next((line for line in str(error).splitlines() if line.strip()), type(error).__name__))
-        if len(reasons) == 2:
+        else:
             raise ExportError(
-                f"{source}: the module takes {symbol!r} neither at twice nor half the example's size ({reasons[0]}); "
-                "take the axis out of axes, or mend forward()"
+                f"{source}: the module takes {symbol!r} neither at half nor at twice the example's size "
+                f"({reasons[0]}); take the axis out of axes, or mend forward()"
             )
     return probes
 

@@ -37,11 +37,10 @@ class Target:
         return f"{self.runtime}-{self.device}"
 
 
-def _copy(onnx: Path, stem: Path, shapes: Shapes) -> Built:
-    """The file itself, with another name for its external data."""
-    from ldm_deploy.export.to_onnx import copy_onnx
+def _to_onnxruntime(onnx: Path, stem: Path, shapes: Shapes) -> Built:
+    from ldm_deploy.export.to_onnxruntime import to_onnxruntime
 
-    return Built(copy_onnx(onnx, stem.with_name(f"{stem.name}.onnx")))
+    return Built(to_onnxruntime(onnx, stem.with_name(f"{stem.name}.onnx")))
 
 
 def _found_in_onnxruntime(engine: Any) -> dict[str, int]:
@@ -74,7 +73,13 @@ def _found_in_openvino(engine: Any) -> dict[str, int]:
 
 # ONNX Runtime's CPU holds fp16 weights and computes in fp32: half the size, the same speed. It has no bf16 convolution.
 _ORT = Target(
-    "onnxruntime", "cpu", ">=1.22", ("onnxruntime",), {"fp32": "fp32", "fp16": "fp32"}, _copy, _found_in_onnxruntime
+    "onnxruntime",
+    "cpu",
+    ">=1.22",
+    ("onnxruntime",),
+    {"fp32": "fp32", "fp16": "fp32"},
+    _to_onnxruntime,
+    _found_in_onnxruntime,
 )
 # Given fp16, OpenVINO's CPU plugin returned NaN for the shipped reference (2026.4, a CPU without fp16): not offered.
 _OPENVINO = Target(

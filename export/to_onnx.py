@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -104,31 +102,6 @@ def export_module(
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     path.parent.mkdir(parents=True, exist_ok=True)
     onnx_ir.save(model, path, external_data=f"{path.name}.data" if size > EXTERNAL_DATA_BYTES else None)
-
-
-def copy_onnx(source: Path, path: Path) -> list[Path]:
-    """Link or copy an ONNX file to another name; its external data, where there is any, goes to `<file>.data`."""
-    import onnx
-
-    data = source.with_name(f"{source.name}.data")
-    if not data.exists():
-        _link(source, path)
-        return [path]
-    model = onnx.load(str(source), load_external_data=False)
-    for tensor in model.graph.initializer:
-        for entry in tensor.external_data:
-            if entry.key == "location":
-                entry.value = f"{path.name}.data"
-    path.write_bytes(model.SerializeToString())
-    _link(data, path.with_name(f"{path.name}.data"))
-    return [path, path.with_name(f"{path.name}.data")]
-
-
-def _link(source: Path, path: Path) -> None:
-    try:
-        os.link(source, path)
-    except OSError:  # another file system, or one without links
-        shutil.copyfile(source, path)
 
 
 def _name_inputs(values: Sequence[Any], axes: Axes, component: str) -> dict[str, str]:

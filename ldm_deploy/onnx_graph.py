@@ -14,6 +14,7 @@ from ldm_deploy.errors import EngineError
 # Node types that do the arithmetic a precision is about, as they are named in a graph that ONNX Runtime has optimized.
 FLOAT_OPS = frozenset(
     {"Conv", "ConvTranspose", "FusedConv", "NhwcFusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "Attention"}
+    | {"MultiHeadAttention"}
 )
 INT8_OPS = frozenset(
     {"QLinearConv", "QLinearMatMul", "QGemm", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul"}

@@ -123,7 +123,7 @@ ROWS = {"x": {0: "rows"}}
 @pytest.mark.parametrize(
     ("made", "error", "message"),
     [
-        (lambda: (Fixed(), {"x": torch.rand(2, 4)}, ROWS), ExportError, "takes 'rows' neither at twice nor half"),
+        (lambda: (Fixed(), {"x": torch.rand(2, 4)}, ROWS), ExportError, "takes 'rows' neither at half nor at twice"),
         (lambda: (Branching(), {"x": torch.rand(2, 4)}, ROWS), ExportError, "rewrite the part of forward"),
         (lambda: (Unsupported(), {"x": torch.rand(4, 4)}, {}), ExportError, "an operator without ONNX form"),
         (

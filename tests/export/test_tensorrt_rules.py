@@ -11,17 +11,21 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from ldm_deploy.errors import ExportError
-from ldm_deploy.export.export import export_source
+from ldm_deploy.export.export import Traced
+from ldm_deploy.export.probes import make_probes
 from ldm_deploy.export.tensorrt_rules import broken_rules, check_graph
+from ldm_deploy.export.to_onnx import component_axes
+from ldm_deploy.models.sources import load_source
 
 
 def test_what_we_export_keeps_the_rules(reference: Path, tmp_path: Path) -> None:
-    variants = [("fp32", "onnxruntime-cpu"), ("fp16", "onnxruntime-cpu")]
-    bundle = export_source(reference, tmp_path / "out", variants=variants, threads=1)
-    files = [bundle.root / file for engine in bundle.engines.values() for file in engine.files]
-    assert len(files) == 8
-    for file in files:
-        assert broken_rules(onnx.load(str(file))) == [], file
+    source = load_source(reference)
+    probes, modules = make_probes(source, threads=1), source.components()
+    for name, module in modules.items():
+        axes = component_axes(name, 4, source.signatures[name])
+        traced = Traced(module, probes[name], axes, name, {}, tmp_path)
+        for precision in ("fp32", "fp16", "bf16"):
+            assert broken_rules(onnx.load(str(traced.graph(precision)))) == []
 
 
 def quantized(zero_point: np.ndarray, scale: np.ndarray, axis: int = 1, weights: bool = True) -> Any:
