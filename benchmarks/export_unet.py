@@ -79,7 +79,9 @@ def export(how: str, size: str, folder: Path) -> dict[str, Any]:
     if how == "ours":
         from ldm_deploy.export import foreign
 
-        foreign.call_function = lambda source: _checked(made)  # type: ignore[assignment]
+        handed = [_checked(made)]
+        del made
+        foreign.call_function = lambda source: handed.pop()  # type: ignore[assignment]
         bundle = foreign.export_function(f"benchmarks.export_unet:size_{size}", "unet", folder / "ours")
         file = bundle.data["engines"][0]["files"][0]
         found = {"file": str(folder / "ours" / file), "parity": bundle.data["engines"][0]["parity"]["relative_error"]}

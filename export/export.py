@@ -114,7 +114,7 @@ def choose_target(name: str, precision: str) -> Target:
 class Traced:
     """A component on its way: the module, what it is judged on, and its graphs, one per precision, in `folder`."""
 
-    module: nn.Module
+    module: nn.Module | None  # None once `release` was called
     probes: Sequence[Probe]
     axes: tuple[Axes, Axes]
     component: str
@@ -131,19 +131,24 @@ class Traced:
         """
         if precision not in self.graphs:
             path = self.folder / f"{self.component}-{precision}.onnx"
-            module = self.module if precision == "fp32" else self._narrow(precision)
+            assert self.module is not None
+            module = self.module if precision == "fp32" else self._narrow(self.module, precision)
             export_module(module, largest(self.probes).inputs, *self.axes, path, component=self.component)
             self.graphs[precision] = path
         return self.graphs[precision]
 
-    def _narrow(self, precision: str) -> nn.Module:
+    def release(self) -> None:
+        """Give the module's memory back: only graphs that are written already can be asked for from here."""
+        self.module = None
+
+    def _narrow(self, wide: nn.Module, precision: str) -> nn.Module:
         from ldm_deploy.eval.budget import load_budget
         from ldm_deploy.eval.parity import check_parity
         from ldm_deploy.export.half import to_half
         from ldm_deploy.models.torch_engine import TorchEngine
 
         samples = [probe.inputs for probe in self.probes]
-        module, self.reports[precision] = to_half(self.module, samples, self.axes[0], precision)
+        module, self.reports[precision] = to_half(wide, samples, self.axes[0], precision)
         engine = TorchEngine(self.component, module, (tuple(self.axes[0]), tuple(self.axes[1])))
         limit = load_budget(None).parity_limit(precision, self.component)
         check_parity(engine, self.probes, limit, component=self.component, name=f"{precision} in torch")

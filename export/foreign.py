@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import importlib
 import inspect
@@ -51,10 +52,15 @@ def export_function(
     if threads is not None:
         torch.set_num_threads(threads)
     with staged_directory(out) as staging, task(f"exporting for {target}", 3) as advance:
+        origin = provenance(source, {"module": module_digest(module)}, [chosen])
         probes = make_probes(ModuleEngine(module), inputs, axes, source)
         advance()
         folder = staging / "traced"
         traced = Traced(module, probes, (axes, {name: {} for name in probes[0].outputs}), component, {}, folder)
+        traced.graph(precision)
+        traced.release()
+        del module  # from here on the engine needs the room
+        gc.collect()
         engine = build_engine(traced, staging, precision=precision, target=chosen, threads=threads)
         advance()
         shutil.rmtree(folder)
@@ -62,7 +68,6 @@ def export_function(
         write_probes(staging / "probes" / f"{component}.safetensors", probes)
         advance()
         whole = dict.fromkeys(("model", "schedule", "tokenizer", "default_variant"))
-        origin = provenance(source, {"module": module_digest(module)}, [chosen])
         write_bundle(staging, {**origin, **whole, "engines": [engine], "variants": [], "refused": []})
     return read_bundle(out)
 

@@ -46,6 +46,7 @@ def _to_onnxruntime(onnx: Path, stem: Path, shapes: Shapes) -> Built:
 def _found_in_onnxruntime(engine: Any) -> dict[str, int]:
     from ldm_deploy.onnx_graph import precision_found
 
+    engine.close()  # it is opened once more, to see what becomes of the graph: not twice in memory
     return precision_found(engine.path)
 
 

@@ -79,6 +79,7 @@ def optimized_model(path: Path) -> Any:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # it warns that an optimized file is for one machine: that is what we want
         options.intra_op_num_threads = 1
+        options.add_session_config_entry("session.disable_prepacking", "1")  # it is not to run
         options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
         # Small file with the weights beside it: only the graph is read back.
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.bin")

@@ -92,6 +92,10 @@ class OnnxRuntimeEngine:
             raise EngineError(f"engine {self.path.name} failed: {_first_line(error)}; it was given {given}") from None
         return {info.name: value for info, value in zip(self.outputs, values, strict=True)}
 
+    def close(self) -> None:
+        """Give the memory back; the engine runs no more."""
+        del self._session
+
     def end_profiling(self) -> Path:
         return Path(self._session.end_profiling())
 
