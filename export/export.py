@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +17,7 @@ from ldm_deploy.runtime.bundle import EngineRecord
 if TYPE_CHECKING:
     from torch import nn
 
+    from ldm_deploy.cache import Cache
     from ldm_deploy.eval.parity import ParityResult, Probe
     from ldm_deploy.export.half import HalfReport
     from ldm_deploy.models.sources import Source
@@ -34,6 +35,7 @@ def export_source(
     components: Sequence[str] | None = None,
     seed: int = 0,
     threads: int | None = None,
+    cache: Cache | None = None,
 ) -> Bundle:
     """Export a reference, a checkpoint of diffusers or "reference" (the shipped one) to the bundle directory `out`.
 
@@ -41,16 +43,64 @@ def export_source(
     compared with torch on real inputs at several batch sizes and resolutions; the inputs stay in the bundle under
     `probes/`, so that engines made from it later are judged on the same. What the first variant lacks raises
     (`ExportError`, `ParityError`); of the others it is in the bundle's `refused`, with the reason. `components`: only
-    these (all); such a bundle holds no variant. `out` appears when complete.
+    these (all); such a bundle holds no variant. `out` appears when complete. With a `cache`, what was exported before
+    of the same bytes with the same options is taken from there, before the source is loaded.
     """
+    from ldm_deploy.models.sources import resolve_source, source_digest
+
+    chosen = [(precision, choose_target(target, precision)) for precision, target in variants]
+    path = resolve_source(source)
+    digest = source_digest(path)
+    return through_cache(
+        cache,
+        out,
+        " ".join([str(source), *(components or ()), *(f"{precision}-{target.name}" for precision, target in chosen)]),
+        {"source": digest, "variants": variants, "components": components, "seed": seed},
+        lambda directory: _export(path, digest, directory, chosen, components, seed, threads),
+        threads=threads,
+    )
+
+
+def through_cache(
+    cache: Cache | None,
+    out: Path,
+    about: str,
+    ingredients: Mapping[str, Any],
+    build: Callable[[Path], object],
+    *,
+    threads: int | None,
+) -> Bundle:
+    """The bundle at `out`: built, or what the cache has of the same ingredients, tools and machine."""
+    from ldm_deploy.cache import made_with
+    from ldm_deploy.eval.machine import machine
+    from ldm_deploy.runtime.bundle import read_bundle
+
+    found = False
+    if cache is None:
+        build(out)
+    else:
+        # What a CPU can run is part of what is exported: the machine is in the key.
+        local = made_with(threads, machine(threads)["fingerprint"])
+        found = cache.fill(out, about, {**ingredients, **local}, build)
+    return read_bundle(out, check_digests=not found)
+
+
+def _export(
+    source: Path,
+    digest: str,
+    out: Path,
+    chosen: Sequence[tuple[str, Target]],
+    components: Sequence[str] | None,
+    seed: int,
+    threads: int | None,
+) -> None:
     from ldm_deploy.artifact import staged_directory
     from ldm_deploy.eval.parity import write_probes
     from ldm_deploy.export.probes import make_probes
-    from ldm_deploy.models.sources import load_source, source_digest
+    from ldm_deploy.models.sources import load_source
     from ldm_deploy.progress import task
-    from ldm_deploy.runtime.bundle import read_bundle, write_bundle
+    from ldm_deploy.runtime.bundle import write_bundle
 
-    chosen = [(precision, choose_target(target, precision)) for precision, target in variants]
     model = load_source(source)
     modules = model.components()
     wanted = list(modules) if components is None else list(components)
@@ -83,9 +133,7 @@ def export_source(
         write_bundle(
             staging,
             {
-                **provenance(
-                    model.model["name"], {"reference": source_digest(model.directory)}, [target for _, target in chosen]
-                ),
+                **provenance(model.model["name"], {"reference": digest}, [target for _, target in chosen]),
                 "model": describe_model(model),
                 "schedule": model.model["schedule"],
                 "tokenizer": "tokenizer.json",
@@ -95,7 +143,6 @@ def export_source(
                 "refused": refused,
             },
         )
-    return read_bundle(out)
 
 
 def choose_target(name: str, precision: str) -> Target:

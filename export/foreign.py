@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import importlib
 import inspect
 import shutil
@@ -21,6 +20,8 @@ from ldm_deploy.eval.parity import Arrays, Probe, write_probes
 if TYPE_CHECKING:
     from torch import nn
 
+    from ldm_deploy.cache import Cache
+    from ldm_deploy.export.targets import Target
     from ldm_deploy.export.to_onnx import Axes
     from ldm_deploy.runtime.bundle import Bundle
 
@@ -33,6 +34,7 @@ def export_function(
     precision: str = "fp32",
     target: str = "onnxruntime-cpu",
     threads: int | None = None,
+    cache: Cache | None = None,
 ) -> Bundle:
     """Export what `source` ("package.module:function") returns: (module, inputs, axes).
 
@@ -42,17 +44,53 @@ def export_function(
     holds the engine and its probes and no variant. Raises `ConfigError` for what is not as described, and otherwise as
     `export_source`.
     """
-    from ldm_deploy.artifact import staged_directory
-    from ldm_deploy.export.export import Traced, build_engine, choose_target, provenance
-    from ldm_deploy.progress import task
-    from ldm_deploy.runtime.bundle import read_bundle, write_bundle
+    from ldm_deploy.export.export import choose_target, through_cache
+    from ldm_deploy.export.module_digest import array_digest, module_digest
 
     chosen = choose_target(target, precision)
-    module, inputs, axes = call_function(source)
+    made = [call_function(source)]
+    module, inputs, axes = made[0]
+    digest = module_digest(module)
+    examples = {name: array_digest(value) for name, value in inputs.items()}
+    del module
+    return through_cache(
+        cache,
+        out,
+        f"{source} {component}-{precision}-{target}",
+        {
+            "module": digest,
+            "inputs": examples,
+            "axes": axes,
+            "component": component,
+            "precision": precision,
+            "target": target,
+        },
+        lambda directory: _export(source, digest, made, directory, component, precision, chosen, threads),
+        threads=threads,
+    )
+
+
+def _export(
+    source: str,
+    digest: str,
+    made: list[tuple[nn.Module, Arrays, Axes]],
+    out: Path,
+    component: str,
+    precision: str,
+    target: Target,
+    threads: int | None,
+) -> None:
+    """`made` holds what the function returned, and is emptied: nothing else may keep the module in memory."""
+    from ldm_deploy.artifact import staged_directory
+    from ldm_deploy.export.export import Traced, build_engine, provenance
+    from ldm_deploy.progress import task
+    from ldm_deploy.runtime.bundle import write_bundle
+
+    module, inputs, axes = made.pop()
     if threads is not None:
         torch.set_num_threads(threads)
-    with staged_directory(out) as staging, task(f"exporting for {target}", 3) as advance:
-        origin = provenance(source, {"module": module_digest(module)}, [chosen])
+    with staged_directory(out) as staging, task(f"exporting for {target.name}", 3) as advance:
+        origin = provenance(source, {"module": digest}, [target])
         probes = make_probes(ModuleEngine(module), inputs, axes, source)
         advance()
         folder = staging / "traced"
@@ -61,7 +99,7 @@ def export_function(
         traced.release()
         del module  # from here on the engine needs the room
         gc.collect()
-        engine = build_engine(traced, staging, precision=precision, target=chosen, threads=threads)
+        engine = build_engine(traced, staging, precision=precision, target=target, threads=threads)
         advance()
         shutil.rmtree(folder)
         (staging / "probes").mkdir()
@@ -69,7 +107,6 @@ def export_function(
         advance()
         whole = dict.fromkeys(("model", "schedule", "tokenizer", "default_variant"))
         write_bundle(staging, {**origin, **whole, "engines": [engine], "variants": [], "refused": []})
-    return read_bundle(out)
 
 
 def call_function(source: str) -> tuple[nn.Module, Arrays, Axes]:
@@ -168,26 +205,3 @@ def _halved(value: np.ndarray, named: Mapping[int, str], symbol: str) -> np.ndar
         if name == symbol:
             value = np.take(value, range(max(1, value.shape[axis] // 2)), axis=axis)
     return np.ascontiguousarray(value)
-
-
-def module_digest(module: nn.Module) -> str:
-    """sha256 over weights, buffers, settings and source code: what the module computes, as far as it can be read."""
-    from ldm_deploy.artifact import content_key, file_digest
-
-    tensors = {name: _tensor_digest(value) for name, value in module.state_dict().items()}
-    classes = {type(part) for part in module.modules()}
-    files = {inspect.getsourcefile(kind) for kind in classes if not kind.__module__.startswith("torch.")}
-    return content_key(
-        {
-            "tensors": tensors,
-            "layers": repr(module),
-            "code": sorted(file_digest(Path(file)) for file in files if file is not None),
-        }
-    )
-
-
-def _tensor_digest(value: torch.Tensor) -> str:
-    array = value.detach().cpu().contiguous().flatten()
-    content = hashlib.sha256(f"{value.dtype} {tuple(value.shape)}".encode())
-    content.update(array.view(torch.uint8).numpy().data)
-    return content.hexdigest()

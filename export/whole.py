@@ -11,13 +11,14 @@ import numpy as np
 
 from ldm_deploy.errors import ParityError
 from ldm_deploy.eval.parity import Probe, check_parity, write_probes
-from ldm_deploy.export.export import Traced, choose_target, describe_model, provenance, value_ranges
+from ldm_deploy.export.export import Traced, choose_target, describe_model, provenance, through_cache, value_ranges
 from ldm_deploy.export.probes import make_probes
 from ldm_deploy.export.targets import Target
 from ldm_deploy.export.to_onnx import component_axes
 from ldm_deploy.export.to_single_graph import PARTS, to_single_graph
 
 if TYPE_CHECKING:
+    from ldm_deploy.cache import Cache
     from ldm_deploy.models.sources import Source
     from ldm_deploy.runtime.bundle import Bundle
 
@@ -34,19 +35,46 @@ def export_pipeline(
     steps: int | None = None,
     seed: int = 0,
     threads: int | None = None,
+    cache: Cache | None = None,
 ) -> Bundle:
     """Export the whole way to an image as one engine; `sampler` and `steps` (the model's own) are fixed in it.
 
     The engine's images are compared with those that torch draws with the same noise: in fp32 no pixel may differ by
     more than 1 of 255. Raises as `export_source`, and `ConfigError` for a sampler that draws noise on the way.
     """
-    from ldm_deploy.artifact import staged_directory
-    from ldm_deploy.models.sources import load_source, source_digest
-    from ldm_deploy.progress import task
-    from ldm_deploy.runtime.bundle import read_bundle, write_bundle
-    from ldm_deploy.runtime.request import check_steps
+    from ldm_deploy.models.sources import resolve_source, source_digest
 
     chosen = choose_target(target, precision)
+    path = resolve_source(source)
+    digest = source_digest(path)
+    options = {"pipeline": precision, "target": target, "sampler": sampler, "steps": steps, "seed": seed}
+    return through_cache(
+        cache,
+        out,
+        f"{source} pipeline-{precision}-{target}",
+        {"source": digest, **options},
+        lambda directory: _export(path, digest, directory, precision, chosen, sampler, steps, seed, threads),
+        threads=threads,
+    )
+
+
+def _export(
+    source: Path,
+    digest: str,
+    out: Path,
+    precision: str,
+    target: Target,
+    sampler: str | None,
+    steps: int | None,
+    seed: int,
+    threads: int | None,
+) -> None:
+    from ldm_deploy.artifact import staged_directory
+    from ldm_deploy.models.sources import load_source
+    from ldm_deploy.progress import task
+    from ldm_deploy.runtime.bundle import write_bundle
+    from ldm_deploy.runtime.request import check_steps
+
     model = load_source(source)
     sampling = {**model.model["sampling"]}
     sampling["sampler"] = sampling["sampler"] if sampler is None else sampler
@@ -65,16 +93,16 @@ def export_pipeline(
             steps=sampling["steps"], empty_ids=empty,
         )  # fmt: skip
         advance()
-        engine = _engine(graph, probes, staging, precision, chosen, value_ranges(model.model), threads)
+        engine = _engine(graph, probes, staging, precision, target, value_ranges(model.model), threads)
         advance()
         shutil.rmtree(staging / "traced")
         (staging / "probes").mkdir()
         write_probes(staging / "probes" / "pipeline.safetensors", probes)
-        name = f"pipeline-{precision}-{target}"
+        name = f"pipeline-{precision}-{target.name}"
         write_bundle(
             staging,
             {
-                **provenance(model.model["name"], {"reference": source_digest(model.directory)}, [chosen]),
+                **provenance(model.model["name"], {"reference": digest}, [target]),
                 "model": describe_model(model),
                 "schedule": model.model["schedule"],
                 "tokenizer": "tokenizer.json",
@@ -84,7 +112,6 @@ def export_pipeline(
                 "refused": [],
             },
         )
-    return read_bundle(out)
 
 
 def _parts(

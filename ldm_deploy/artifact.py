@@ -98,8 +98,8 @@ def staged_directory(out: Path) -> Iterator[Path]:
     """Yield an empty directory beside `out`; when the block ends it is renamed to `out`, whatever was there is removed.
 
     An exception removes it and leaves `out` as it was. Staging directories of processes that died are swept away.
-    Raises `ArtifactError` before the block if `out` is a file, or a directory that none of our stages wrote: a wrong
-    `--out` must not cost anybody's files.
+    Raises `ArtifactError` before the block if `out` is a file, or a directory that none of our stages wrote (a wrong
+    `--out` must not cost anybody's files), or if another process is about to write it.
     """
     out = Path(os.path.realpath(out))
     with _explained(out):
@@ -109,6 +109,7 @@ def staged_directory(out: Path) -> Iterator[Path]:
         staging = out.with_name(f".{out.name}.staging-{os.getpid()}")
         staging.mkdir()
         try:
+            _refuse_others(out)
             yield staging
             for folder, _, names in os.walk(staging, topdown=False):
                 for name in names:
@@ -118,6 +119,17 @@ def staged_directory(out: Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
+
+
+def _refuse_others(out: Path) -> None:
+    """Raises `ArtifactError` if a living process besides this one has a staging directory for `out`."""
+    for name in sorted(os.listdir(out.parent)):
+        found = re.fullmatch(rf"\.{re.escape(out.name)}\.staging-(\d+)", name)
+        if found and int(found[1]) != os.getpid() and _alive(int(found[1])):
+            raise ArtifactError(
+                f"{out} is being written by process {found[1]}; wait for it, or choose another place "
+                f"(if that process is something else, remove {out.parent / name})"
+            )
 
 
 def check_replaceable(out: Path) -> None:

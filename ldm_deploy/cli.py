@@ -140,13 +140,17 @@ def export(
 ) -> Result:  # fmt: skip
     """Turn a model into engines checked against torch."""
     commands.check_words(precisions=[precision], targets=[target], components=component)
+    from ldm_deploy.cache import user_cache
+
     if commands.is_function(source):
         if component is None or len(component) != 1:
             allowed = ", ".join(commands.COMPONENTS[:-1])
             raise ConfigError(f"{source} makes one component; say with --component which it is: {allowed}")
         from ldm_deploy.export.foreign import export_function
 
-        export_function(source, component[0], out, precision=precision, target=target, threads=threads)
+        export_function(
+            source, component[0], out, precision=precision, target=target, threads=threads, cache=user_cache()
+        )
         return commands.read_json(out / "bundle.json"), 0
     if "pipeline" in (component or ()):
         if component != ["pipeline"]:
@@ -154,15 +158,18 @@ def export(
         from ldm_deploy.export.whole import export_pipeline
 
         export_pipeline(
-            source, out, precision=precision, target=target, sampler=sampler, steps=steps, seed=seed, threads=threads
-        )
+            source, out, precision=precision, target=target, sampler=sampler, steps=steps, seed=seed, threads=threads,
+            cache=user_cache(),
+        )  # fmt: skip
         return commands.read_json(out / "bundle.json"), 0
     if sampler is not None or steps is not None:
         raise ConfigError("--sampler and --steps are fixed in the component pipeline only; give --component pipeline")
     from ldm_deploy.export.export import export_source
 
     variants = [(precision, target)]
-    export_source(source, out, variants=variants, components=component or None, seed=seed, threads=threads)
+    export_source(
+        source, out, variants=variants, components=component or None, seed=seed, threads=threads, cache=user_cache()
+    )
     return commands.read_json(out / "bundle.json"), 0
 
 
@@ -335,6 +342,23 @@ def bench(
     result = bench_bundle(bundle, threads=threads, seed=seed)
     print_bench(result)
     return result, 0
+
+
+@command
+def cache(
+    clear: Annotated[bool, Option("--clear", help="Remove every entry.")] = False,
+    json: Json = None, seed: Seed = 0, threads: Threads = None, quiet: Quiet = False,
+) -> Result:  # fmt: skip
+    """Show or clear the cache of exports.
+
+    It lies at LDM_DEPLOY_CACHE, or where the system keeps caches, and holds LDM_DEPLOY_CACHE_LIMIT (20GB) at most.
+    """
+    from ldm_deploy.cache import show_cache, user_cache
+
+    exports = user_cache()
+    if clear:
+        print(f"freed {exports.clear() / 1e6:.2f} MB")
+    return show_cache(exports), 0
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

@@ -17,14 +17,13 @@ from ldm_deploy.artifact import (
     content_key,
     file_digest,
     staged_directory,
-    tool_versions,
 )
+from ldm_deploy.cache import made_with, user_cache
 from ldm_deploy.errors import StageMissingError
 from ldm_deploy.progress import note
 
 # What is tried for a target, beside what quantization makes of it.
 PRECISIONS = {"onnxruntime-cpu": ("fp32",), "openvino-cpu": ("fp32", "bf16")}
-PACKAGES = ("diffusers", "ldm-deploy", "numpy", "onnx", "onnxruntime", "onnxscript", "openvino", "torch")
 
 
 def optimize(
@@ -43,8 +42,8 @@ def optimize(
     """
     from ldm_deploy.eval.budget import load_budget
     from ldm_deploy.eval.compare import evaluate_bundle
-    from ldm_deploy.eval.latency import machine
     from ldm_deploy.eval.lpips_distance import backbones_there
+    from ldm_deploy.eval.machine import machine
     from ldm_deploy.eval.report import write_report
     from ldm_deploy.export.export import export_source
     from ldm_deploy.models.sources import resolve_source, source_digest
@@ -61,12 +60,13 @@ def optimize(
 
     variants = [(precision, target) for target in targets for precision in PRECISIONS[target]]
     exported = stages / "exported"
-    # What a CPU can run is part of what is exported: the machine is in the key.
-    ingredients = {"seed": seed, "machine": fingerprint, "threads": threads, "versions": tool_versions(*PACKAGES)}
+    ingredients = {"seed": seed, **made_with(threads, fingerprint)}
     key = _stage(
         exported,
         {"source": source_digest(reference), "variants": variants, **ingredients},
-        lambda directory: export_source(reference, directory, variants=variants, seed=seed, threads=threads),
+        lambda directory: export_source(
+            reference, directory, variants=variants, seed=seed, threads=threads, cache=user_cache()
+        ),
     )
     quantized = exported
     if "onnxruntime-cpu" in targets:

@@ -45,3 +45,9 @@ def ldm_deploy_cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
         return Ran(code if isinstance(code, int) else 1, captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No test takes an export from the user's cache, or leaves one there."""
+    os.environ["LDM_DEPLOY_CACHE"] = str(tmp_path_factory.mktemp("cache"))

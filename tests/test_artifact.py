@@ -254,3 +254,27 @@ def test_manifest_names_what_changed(tmp_path):
     (tmp_path / "manifest.json").write_text('{"format": 1}')
     with pytest.raises(ArtifactError, match="has no list of files"):
         read_manifest(tmp_path)
+
+
+def test_two_processes_do_not_write_one_directory(tmp_path):
+    """The second is refused before it does any work; the first is not disturbed, and a dead one is no hindrance."""
+    writer = (
+        "import sys; from pathlib import Path; from ldm_deploy.artifact import staged_directory\n"
+        "with staged_directory(Path(sys.argv[1])) as staging:\n"
+        "    (staging / 'bundle.json').write_text('first')\n"
+        "    print('writing', flush=True); sys.stdin.readline()\n"
+    )
+    arguments = [sys.executable, "-c", writer, str(tmp_path / "out")]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "writing\n"
+        with (
+            pytest.raises(ArtifactError, match=rf"out is being written by process {other.pid}; wait for it, or choose"),
+            staged_directory(tmp_path / "out"),
+        ):
+            pytest.fail("two at once")
+        other.communicate("\n")
+    assert other.returncode == 0
+    assert (tmp_path / "out" / "bundle.json").read_text() == "first"
+    with staged_directory(tmp_path / "out") as staging:
+        (staging / "bundle.json").write_text("second")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

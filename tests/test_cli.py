@@ -34,6 +34,7 @@ CONTRACT = {
     "inspect": (["bundle"], set()),
     "bench": (["bundle"], set()),
     "analyze": (["reference"], set()),
+    "cache": ([], {"--clear"}),
 }
 COMMON = {"--json", "--seed", "--threads", "--quiet"}
 

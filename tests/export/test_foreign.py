@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ldm_deploy.errors import ConfigError, ExportError
-from ldm_deploy.export.foreign import export_function, module_digest
+from ldm_deploy.export.foreign import export_function
+from ldm_deploy.export.module_digest import module_digest
 from ldm_deploy.runtime.bundle import verify_bundle
 from ldm_deploy.runtime.engines import open_engine
 
@@ -160,3 +161,11 @@ def test_the_digest_covers_weights_settings_and_code() -> None:
         changed.get_parameter("enter.bias")[3] += 1e-6
     assert module_digest(changed) != before
     assert module_digest(nn.MaxPool2d(2)) != module_digest(nn.MaxPool2d(3))
+    labelled, relabelled = example()[0], example()[0]
+    labelled.scale, relabelled.scale = (lambda by: lambda x: x * by)(2.0), (lambda by: lambda x: x * by)(3.0)
+    assert module_digest(labelled) != module_digest(relabelled)
+    unsaved = example()[0]
+    unsaved.register_buffer("table", torch.ones(2), persistent=False)
+    before = module_digest(unsaved)
+    unsaved.get_buffer("table").zero_()
+    assert module_digest(unsaved) != before

@@ -1,0 +1,82 @@
+"""What a torch module of the user's own computes, as a digest: weights, settings and source code."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import sys
+import sysconfig
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ldm_deploy.artifact import content_key, file_digest
+
+
+def module_digest(module: nn.Module) -> str:
+    """sha256 over tensors, attributes of every submodule, and code: that of its classes and all other code in this
+    process that is not of an installed package.
+
+    An attribute without readable content counts with its address, which is another one in every process: better
+    exported twice than taken for the same.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    state = module.state_dict(keep_vars=True)
+    # Buffers that are not saved are computed with as well.
+    tensors = {**state, **dict(module.named_buffers())}
+    with ThreadPoolExecutor() as pool:
+        digests = dict(zip(tensors, pool.map(_tensor_digest, tensors.values()), strict=True))
+    parts = {name: (type(part).__qualname__, _settings(part)) for name, part in module.named_modules()}
+    return content_key({"tensors": digests, "parts": parts, "code": _code(module)})
+
+
+def array_digest(array: np.ndarray) -> str:
+    """sha256 over dtype, shape and values."""
+    content = hashlib.sha256(f"{array.dtype} {array.shape}".encode())
+    content.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return f"sha256:{content.hexdigest()}"
+
+
+def _tensor_digest(value: torch.Tensor) -> str:
+    plain = value.detach().cpu().contiguous().flatten()
+    return f"{value.dtype} {tuple(value.shape)} {array_digest(plain.view(torch.uint8).numpy())}"
+
+
+def _settings(part: nn.Module) -> dict[str, str]:
+    """Attributes of one submodule that are no tensors and no submodules; hooks and the like of torch left out."""
+    own = {name for name in vars(nn.Module()) if name.startswith("_")}
+    return {name: _text(value) for name, value in vars(part).items() if name not in own}
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return _tensor_digest(value)
+    if isinstance(value, np.ndarray):
+        return array_digest(value)
+    if isinstance(value, Mapping):
+        return repr({str(key): _text(entry) for key, entry in value.items()})
+    if isinstance(value, list | tuple | set):
+        entries = [_text(entry) for entry in value]
+        return repr(sorted(entries) if isinstance(value, set) else entries)
+    if isinstance(value, nn.Module):
+        return type(value).__qualname__  # its content is among the submodules, or it computes nothing
+    if inspect.isroutine(value):
+        closed = [_text(cell.cell_contents) for cell in getattr(value, "__closure__", None) or ()]
+        return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', value)} {closed}"
+    return repr(value)
+
+
+def _code(module: nn.Module) -> list[str]:
+    kinds = {type(part) for part in module.modules() if not type(part).__module__.startswith("torch.")}
+    files = {inspect.getsourcefile(kind) for kind in kinds}
+    installed = {Path(path).resolve() for path in (*sysconfig.get_paths().values(), sys.prefix, sys.base_prefix)}
+    for loaded in list(sys.modules.values()):
+        file = getattr(loaded, "__file__", None)
+        if file and Path(file).is_file() and not installed & set(Path(file).resolve().parents):
+            files.add(file)
+    return sorted(file_digest(Path(file)) for file in files if file is not None)
