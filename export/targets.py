@@ -40,7 +40,7 @@ class Target:
 def _to_onnxruntime(onnx: Path, stem: Path, shapes: Shapes) -> Built:
     from ldm_deploy.export.to_onnxruntime import to_onnxruntime
 
-    return Built(to_onnxruntime(onnx, stem.with_name(f"{stem.name}.onnx")))
+    return Built(to_onnxruntime(onnx, stem.parent))
 
 
 def _found_in_onnxruntime(engine: Any) -> dict[str, int]:

@@ -102,6 +102,8 @@ def export_module(
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     path.parent.mkdir(parents=True, exist_ok=True)
     onnx_ir.save(model, path, external_data=f"{path.name}.data" if size > EXTERNAL_DATA_BYTES else None)
+    for value in model.graph.initializers.values():
+        value.const_value = None  # onnxscript's rewriter remembers the last graph it met, and its weights with it
 
 
 def _name_inputs(values: Sequence[Any], axes: Axes, component: str) -> dict[str, str]:

@@ -65,18 +65,22 @@ class Cache:
         """
         check_replaceable(out)
         entry = self.root / content_key(ingredients).removeprefix("sha256:")
-        if self._is_whole(entry):
+        whole = self._is_whole(entry)
+        if not whole:
+            build(out)
+        elif _is_placed(entry, out):
+            note(f"{out}: unchanged")
+        else:
             with staged_directory(out) as staging:
                 _share(entry / CONTENT, staging)
-            os.utime(entry / RECEIPT)
-            note(f"{out}: unchanged, taken from the cache")
-            return True
-        build(out)
+            note(f"{out}: taken from the cache")
         try:
-            self._keep(entry, out, about)
+            if not whole:
+                self._keep(entry, out, about)
+            _place(entry, out)
         except (OSError, ArtifactError) as error:
             note(f"{out}: not kept in the cache ({error})")
-        return False
+        return whole
 
     def entries(self) -> list[Entry]:
         """The one used last comes first."""
@@ -126,7 +130,7 @@ class Cache:
                 name: {"size": size, "mtime_ns": changed, "sha256": digests[name]}
                 for name, (size, changed) in _files(staging / CONTENT).items()
             }
-            atomic_write_json(staging / RECEIPT, {"format": 1, "about": about, "files": files})
+            atomic_write_json(staging / RECEIPT, {"format": 1, "about": about, "files": files, "placed": {}})
         self._evict(spare=entry)
 
     def _evict(self, spare: Path) -> None:
@@ -193,12 +197,30 @@ def _code_digest() -> str:
     return content_key({path.relative_to(root).as_posix(): file_digest(path) for path in paths})
 
 
+def _place(entry: Path, out: Path) -> None:
+    """Note that `out` holds the entry, which is used now."""
+    receipt = _read(entry / RECEIPT)
+    if receipt is not None:
+        there = {place: files for place, files in receipt["placed"].items() if os.path.isdir(place)}
+        atomic_write_json(entry / RECEIPT, {**receipt, "placed": {**there, os.path.realpath(out): _files(out)}})
+
+
+def _is_placed(entry: Path, out: Path) -> bool:
+    """Whether `out` is as an earlier run left it."""
+    receipt = _read(entry / RECEIPT) or {"placed": {}}
+    placed = receipt["placed"].get(os.path.realpath(out), {})
+    return bool(placed) and {name: tuple(times) for name, times in placed.items()} == _files(out)
+
+
 def _share(source: Path, target: Path) -> None:
-    """Every file of `source` in `target`: large ones linked where the file system can, the others copied."""
+    """Every file of `source` in `target`: large ones linked where the file system can, the others copied.
+
+    External data of an ONNX file is copied whatever its size: onnx takes a link for an attack and refuses it.
+    """
     for name, (size, _) in _files(source).items():
         made = target / name
         made.parent.mkdir(parents=True, exist_ok=True)
-        if size < LARGE_BYTES or not _linked(source / name, made):
+        if size < LARGE_BYTES or name.endswith(".onnx.data") or not _linked(source / name, made):
             shutil.copyfile(source / name, made)
 
 
@@ -235,8 +257,10 @@ def _is_ours(path: Path) -> bool:
 def _read(receipt: Path) -> dict[str, Any] | None:
     try:
         data = json.loads(receipt.read_text(encoding="utf-8"))
-        fits = data["format"] == 1 and all(
-            {"size", "mtime_ns", "sha256"} <= set(file) for file in data["files"].values()
+        fits = (
+            data["format"] == 1
+            and isinstance(data["placed"], dict)
+            and all({"size", "mtime_ns", "sha256"} <= set(file) for file in data["files"].values())
         )
         return data if fits and isinstance(data["about"], str) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -24,7 +24,7 @@ class Builder:
         out.mkdir(parents=True, exist_ok=True)
         (out / "bundle.json").write_text("{}")
         (out / "engines").mkdir(exist_ok=True)
-        (out / "engines" / "unet.onnx.data").write_bytes(bytes(LARGE_BYTES))
+        (out / "engines" / "unet.bin").write_bytes(bytes(LARGE_BYTES))
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_the_same_is_taken_from_the_cache(cache, tmp_path):
     assert cache.fill(tmp_path / "b", "model", {"weights": "1"}, build)
     assert build.calls == 1
     assert (tmp_path / "b" / "bundle.json").read_text() == "{}"
-    assert (tmp_path / "b" / "engines" / "unet.onnx.data").read_bytes() == bytes(LARGE_BYTES)
+    assert (tmp_path / "b" / "engines" / "unet.bin").read_bytes() == bytes(LARGE_BYTES)
 
 
 def test_other_ingredients_are_built(cache, tmp_path):
@@ -66,7 +66,7 @@ def test_other_ingredients_are_built(cache, tmp_path):
 def test_large_files_take_no_second_room_and_cannot_be_written(cache, tmp_path):
     cache.fill(tmp_path / "a", "model", {}, Builder())
     cache.fill(tmp_path / "b", "model", {}, Builder())
-    first, second = (tmp_path / name / "engines" / "unet.onnx.data" for name in "ab")
+    first, second = (tmp_path / name / "engines" / "unet.bin" for name in "ab")
     assert first.samefile(second)
     assert not first.stat().st_mode & 0o222
     assert not (tmp_path / "a" / "bundle.json").samefile(tmp_path / "b" / "bundle.json")
@@ -80,13 +80,35 @@ def test_files_are_copied_where_they_cannot_be_linked(cache, tmp_path, monkeypat
     build = Builder()
     cache.fill(tmp_path / "a", "model", {}, build)
     assert cache.fill(tmp_path / "b", "model", {}, build)
-    assert not (tmp_path / "a" / "engines" / "unet.onnx.data").samefile(tmp_path / "b" / "engines" / "unet.onnx.data")
+    assert not (tmp_path / "a" / "engines" / "unet.bin").samefile(tmp_path / "b" / "engines" / "unet.bin")
+
+
+def test_external_data_is_never_linked(cache, tmp_path):
+    def build(out: Path) -> None:
+        out.mkdir()
+        (out / "unet.onnx.data").write_bytes(bytes(LARGE_BYTES))
+
+    cache.fill(tmp_path / "a", "model", {}, build)
+    cache.fill(tmp_path / "b", "model", {}, build)
+    assert {(tmp_path / name / "unet.onnx.data").stat().st_nlink for name in "ab"} == {1}
+
+
+def test_a_directory_that_holds_the_entry_is_left_as_it_is(cache, tmp_path):
+    build = Builder()
+    cache.fill(tmp_path / "a", "model", {}, build)
+    before = (tmp_path / "a" / "bundle.json").stat()
+    assert cache.fill(tmp_path / "a", "model", {}, build)
+    assert (tmp_path / "a" / "bundle.json").stat() == before
+    (tmp_path / "a" / "bundle.json").write_text("[]")
+    assert cache.fill(tmp_path / "a", "model", {}, build)
+    assert (tmp_path / "a" / "bundle.json").read_text() == "{}"
+    assert build.calls == 1
 
 
 @pytest.mark.parametrize(
     "fault",
     [
-        lambda entry: rewrite(entry / CONTENT / "engines" / "unet.onnx.data", lambda old: old[:-1] + b"\1"),
+        lambda entry: rewrite(entry / CONTENT / "engines" / "unet.bin", lambda old: old[:-1] + b"\1"),
         lambda entry: rewrite(entry / CONTENT / "bundle.json", lambda old: b"[]"),
         lambda entry: (entry / CONTENT / "bundle.json").unlink(),
         lambda entry: (entry / CONTENT / "stray").write_bytes(b""),
@@ -108,9 +130,9 @@ def test_a_damaged_entry_is_made_anew(cache, tmp_path, fault):
 def test_a_bundle_written_into_spoils_no_later_one(cache, tmp_path):
     build = Builder()
     cache.fill(tmp_path / "a", "model", {}, build)
-    rewrite(tmp_path / "a" / "engines" / "unet.onnx.data", lambda old: b"\1" + old[1:])
+    rewrite(tmp_path / "a" / "engines" / "unet.bin", lambda old: b"\1" + old[1:])
     assert not cache.fill(tmp_path / "b", "model", {}, build)
-    assert (tmp_path / "b" / "engines" / "unet.onnx.data").read_bytes() == bytes(LARGE_BYTES)
+    assert (tmp_path / "b" / "engines" / "unet.bin").read_bytes() == bytes(LARGE_BYTES)
 
 
 def test_touched_files_with_the_same_bytes_are_still_good(cache, tmp_path):
@@ -162,7 +184,7 @@ def test_clear_removes_entries_and_nothing_else(cache, tmp_path):
     (cache.root / "notes.txt").write_text("mine")
     assert cache.clear() == LARGE_BYTES + 2
     assert [path.name for path in cache.root.iterdir()] == ["notes.txt"]
-    assert (tmp_path / "a" / "engines" / "unet.onnx.data").read_bytes() == bytes(LARGE_BYTES)
+    assert (tmp_path / "a" / "engines" / "unet.bin").read_bytes() == bytes(LARGE_BYTES)
 
 
 def test_key_covers_tools_code_machine_and_threads(monkeypatch):
