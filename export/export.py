@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm_deploy.errors import ConfigError, EngineError, ExportError, StageMissingError
-from ldm_deploy.export.targets import TARGETS, Built, Shapes, Target
-from ldm_deploy.export.to_onnx import Axes, component_axes, export_module
+from ldm_deploy.export.targets import TARGETS, Built, Target
+from ldm_deploy.export.to_onnx import component_axes
+from ldm_deploy.export.traced import Ranges, Traced, read_module
 from ldm_deploy.runtime.bundle import EngineRecord
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from ldm_deploy.cache import Cache
-    from ldm_deploy.eval.parity import ParityResult, Probe
-    from ldm_deploy.export.half import HalfReport
+    from ldm_deploy.eval.parity import ParityResult
     from ldm_deploy.models.sources import Source
     from ldm_deploy.onnx_graph import ValueInfo
     from ldm_deploy.runtime.bundle import Bundle
-
-Ranges = Mapping[str, tuple[float, float]]
 
 
 def export_source(
@@ -157,51 +153,6 @@ def choose_target(name: str, precision: str) -> Target:
     return target
 
 
-@dataclass
-class Traced:
-    """A component on its way: the module, what it is judged on, and its graphs, one per precision, in `folder`."""
-
-    module: nn.Module | None  # None once `release` was called
-    probes: Sequence[Probe]
-    axes: tuple[Axes, Axes]
-    component: str
-    ranges: Ranges
-    folder: Path
-    graphs: dict[str, Path] = field(default_factory=dict)
-    reports: dict[str, HalfReport] = field(default_factory=dict)
-
-    def graph(self, precision: str) -> Path:
-        """The ONNX file in a precision, written when it is first asked for.
-
-        A narrower one than fp32 is proven in torch first: on a CPU, engines may compute wider than the graph says and
-        hide that a value overflows (`ParityError`).
-        """
-        if precision not in self.graphs:
-            path = self.folder / f"{self.component}-{precision}.onnx"
-            assert self.module is not None
-            module = self.module if precision == "fp32" else self._narrow(self.module, precision)
-            export_module(module, largest(self.probes).inputs, *self.axes, path, component=self.component)
-            self.graphs[precision] = path
-        return self.graphs[precision]
-
-    def release(self) -> None:
-        """Give the module's memory back: only graphs that are written already can be asked for from here."""
-        self.module = None
-
-    def _narrow(self, wide: nn.Module, precision: str) -> nn.Module:
-        from ldm_deploy.eval.budget import load_budget
-        from ldm_deploy.eval.parity import check_parity
-        from ldm_deploy.export.half import to_half
-        from ldm_deploy.models.torch_engine import TorchEngine
-
-        samples = [probe.inputs for probe in self.probes]
-        module, self.reports[precision] = to_half(wide, samples, self.axes[0], precision)
-        engine = TorchEngine(self.component, module, (tuple(self.axes[0]), tuple(self.axes[1])))
-        limit = load_budget(None).parity_limit(precision, self.component)
-        check_parity(engine, self.probes, limit, component=self.component, name=f"{precision} in torch")
-        return module
-
-
 def build_engine(
     traced: Traced, staging: Path, *, precision: str, target: Target, threads: int | None
 ) -> dict[str, Any]:
@@ -218,9 +169,8 @@ def build_engine(
     component, stem = traced.component, f"{traced.component}-{precision}"
     folder = staging / "engines"
     folder.mkdir(exist_ok=True)
-    graph = traced.graph(precision)
-    built = target.build(graph, folder / stem, proven_shapes(traced.probes))
-    record = engine_record(component, precision, target, built, staging)
+    built = target.build(traced, precision, folder / stem)
+    record = engine_record(traced, precision, target, built, staging)
     try:
         engine = open_engine(record, staging, threads=threads)
         limit = load_budget(None).parity_limit(precision, component)
@@ -233,11 +183,13 @@ def build_engine(
         for file in built.files:
             file.unlink()
         raise
-    model = load_model(graph, weights=False)
+    signature, opset = read_module(traced), None
+    if not target.from_module:
+        model = load_model(traced.graph(precision), weights=False)
+        signature, opset = read_signature(model), read_opset(model)
     entry = describe_engine(
-        record, staging, signature=read_signature(model), opset=read_opset(model), found=found, parity=parity,
-        ranges=traced.ranges,
-    )  # fmt: skip
+        record, staging, signature=signature, opset=opset, found=found, parity=parity, ranges=traced.ranges
+    )
     report = traced.reports.get(precision)
     return entry if report is None else {**entry, "narrowed": report.to_dict()}
 
@@ -268,17 +220,19 @@ def _variants(
     return found
 
 
-def engine_record(component: str, precision: str, target: Target, built: Built, root: Path) -> EngineRecord:
+def engine_record(traced: Traced, precision: str, target: Target, built: Built, root: Path) -> EngineRecord:
     """What the runtime opens; its files lie in `root`."""
     return EngineRecord(
-        id=f"{component}-{precision}-{target.name}",
-        component=component,
+        id=f"{traced.component}-{precision}-{target.name}",
+        component=traced.component,
         precision=precision,
         runtime=target.runtime,
         runtime_versions=target.versions,
         device=target.device,
         files=tuple(file.relative_to(root).as_posix() for file in built.files),
         built_for=built.built_for,
+        inputs=tuple({"name": name} for name in traced.probes[0].inputs),
+        outputs=tuple({"name": name} for name in traced.probes[0].outputs),
     )
 
 
@@ -290,22 +244,12 @@ def precision_of(target: Target, built: Built, engine: Any) -> Mapping[str, int]
     return target.precision_found(engine)
 
 
-def proven_shapes(probes: Sequence[Probe]) -> Shapes:
-    """Of every input, axis by axis, the smallest and the largest size among the probes; usual is the first probe."""
-    found = {}
-    for name, value in probes[0].inputs.items():
-        shapes = [probe.inputs[name].shape for probe in probes]
-        found[name] = (tuple(map(min, *shapes)) if len(shapes) > 1 else value.shape, value.shape,
-                       tuple(map(max, *shapes)) if len(shapes) > 1 else value.shape)  # fmt: skip
-    return found
-
-
 def describe_engine(
     record: EngineRecord,
     root: Path,
     *,
     signature: tuple[Sequence[ValueInfo], Sequence[ValueInfo]],
-    opset: int,
+    opset: int | None,
     found: Mapping[str, int],
     parity: ParityResult,
     ranges: Ranges,
@@ -340,11 +284,6 @@ def value_ranges(model: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
         "timestep": (0, model["schedule"]["num_train_timesteps"] - 1),
         "image": (-1, 1),
     }
-
-
-def largest(probes: Sequence[Probe]) -> Probe:
-    """The probe to trace with: no symbolic axis may have length 1."""
-    return max(probes, key=lambda probe: min(size for value in probe.inputs.values() for size in value.shape))
 
 
 def provenance(name: str, parents: Mapping[str, str], targets: Sequence[Target]) -> dict[str, Any]:

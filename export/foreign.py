@@ -82,7 +82,8 @@ def _export(
 ) -> None:
     """`made` holds what the function returned, and is emptied: nothing else may keep the module in memory."""
     from ldm_deploy.artifact import staged_directory
-    from ldm_deploy.export.export import Traced, build_engine, provenance
+    from ldm_deploy.export.export import build_engine, provenance
+    from ldm_deploy.export.traced import Traced
     from ldm_deploy.progress import task
     from ldm_deploy.runtime.bundle import write_bundle
 
@@ -95,10 +96,11 @@ def _export(
         advance()
         folder = staging / "traced"
         traced = Traced(module, probes, (axes, {name: {} for name in probes[0].outputs}), component, {}, folder)
-        traced.graph(precision)
-        traced.release()
-        del module  # from here on the engine needs the room
-        gc.collect()
+        del module
+        if not target.from_module:
+            traced.graph(precision)
+            traced.release()  # from here on the engine needs the room
+            gc.collect()
         engine = build_engine(traced, staging, precision=precision, target=target, threads=threads)
         advance()
         shutil.rmtree(folder)

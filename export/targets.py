@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-Sizes = tuple[int, ...]
-Shapes = Mapping[str, tuple[Sizes, Sizes, Sizes]]  # input -> the smallest, the usual and the largest it was proven on
+from ldm_deploy.export.traced import Traced, largest, proven_shapes
 
 
 @dataclass(frozen=True)
@@ -22,49 +21,69 @@ class Built:
 
 @dataclass(frozen=True)
 class Target:
-    """`build` makes engine files of an ONNX file, at a path without suffix; `precision_found` asks an opened engine."""
+    """`build` makes the files of an engine in a precision, at a path without suffix; `precision_found` asks an opened
+    engine."""
 
     runtime: str
     device: str
     versions: str  # of the runtime
     packages: tuple[str, ...]  # whose versions are recorded
     precisions: Mapping[str, str]  # precision of an engine -> what the runtime then computes in
-    build: Callable[[Path, Path, Shapes], Built]
+    build: Callable[[Traced, str, Path], Built]
     precision_found: Callable[[Any], dict[str, int]] | None = None
+    from_module: bool = False  # made of the torch module, not of its ONNX graph
 
     @property
     def name(self) -> str:
         return f"{self.runtime}-{self.device}"
 
 
-def _to_onnxruntime(onnx: Path, stem: Path, shapes: Shapes) -> Built:
+def _to_onnxruntime(traced: Traced, precision: str, stem: Path) -> Built:
     from ldm_deploy.export.to_onnxruntime import to_onnxruntime
 
-    return Built(to_onnxruntime(onnx, stem.parent))
+    return Built(to_onnxruntime(traced.graph(precision), stem.parent))
 
 
 def _found_in_onnxruntime(engine: Any) -> dict[str, int]:
     from ldm_deploy.onnx_graph import precision_found
 
     engine.close()  # it is opened once more, to see what becomes of the graph: not twice in memory
-    return precision_found(engine.path)
+    return precision_found(engine.path, device=engine.device)
 
 
-def _to_openvino(onnx: Path, stem: Path, shapes: Shapes) -> Built:
+def _to_openvino(traced: Traced, precision: str, stem: Path) -> Built:
     from ldm_deploy.export.to_openvino import to_openvino
 
-    return Built(to_openvino(onnx, stem.with_name(f"{stem.name}.xml")))
+    return Built(to_openvino(traced.graph(precision), stem.with_name(f"{stem.name}.xml")))
 
 
-def _to_tensorrt(onnx: Path, stem: Path, shapes: Shapes) -> Built:
+def _to_tensorrt(traced: Traced, precision: str, stem: Path) -> Built:
     from ldm_deploy.export.tensorrt_rules import check_graph
     from ldm_deploy.export.to_tensorrt import to_tensorrt
     from ldm_deploy.onnx_graph import load_model
 
+    onnx = traced.graph(precision)
     check_graph(load_model(onnx), onnx.stem)
     plan = stem.with_name(f"{stem.name}.plan")
-    found = to_tensorrt(onnx, plan, shapes)
+    found = to_tensorrt(onnx, plan, proven_shapes(traced.probes))
     return Built([plan], **found)
+
+
+def _to_torch_tensorrt(traced: Traced, precision: str, stem: Path) -> Built:
+    from ldm_deploy.export.to_torch_tensorrt import to_torch_tensorrt
+
+    path, shapes = stem.with_name(f"{stem.name}.ep"), proven_shapes(traced.probes)
+    module, inputs = traced.module_in(precision), largest(traced.probes).inputs
+    found = to_torch_tensorrt(module, inputs, traced.axes[0], shapes, path, component=traced.component)
+    return Built([path], **found)
+
+
+def _to_aoti(traced: Traced, precision: str, stem: Path) -> Built:
+    from ldm_deploy.export.to_aoti import to_aoti
+
+    path, inputs = stem.with_name(f"{stem.name}.pt2"), largest(traced.probes).inputs
+    found = to_aoti(traced.module_in(precision), inputs, traced.axes[0], path, component=traced.component)
+    return Built([path], **found)
 
 
 def _found_in_openvino(engine: Any) -> dict[str, int]:
@@ -87,7 +106,20 @@ _OPENVINO = Target(
     "openvino", "cpu", ">=2025.2", ("openvino",), {"fp32": "fp32", "bf16": "bf16"}, _to_openvino, _found_in_openvino
 )
 # Checked against NVIDIA's bindings only: no engine was built and measured on a GPU yet.
-_TENSORRT = Target(
-    "tensorrt", "cuda", ">=10.13", ("tensorrt",), {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16"}, _to_tensorrt
+_ALL = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16"}
+_TENSORRT = Target("tensorrt", "cuda", ">=10.13", ("tensorrt",), _ALL, _to_tensorrt)
+_ORT_CUDA = Target(
+    "onnxruntime",
+    "cuda",
+    ">=1.22",
+    ("onnxruntime-gpu",),
+    {"fp32": "fp32", "fp16": "fp16"},
+    _to_onnxruntime,
+    _found_in_onnxruntime,
 )
-TARGETS = {target.name: target for target in (_ORT, _OPENVINO, _TENSORRT)}
+_TORCH_TENSORRT = Target(
+    "torch-tensorrt", "cuda", ">=2.11", ("torch-tensorrt",), _ALL, _to_torch_tensorrt, from_module=True
+)
+# The compiler is run on a CPU by tests; on a GPU it was not yet.
+_AOTI = Target("aoti", "cuda", ">=2.11", ("torch",), _ALL, _to_aoti, from_module=True)
+TARGETS = {target.name: target for target in (_ORT, _OPENVINO, _ORT_CUDA, _TENSORRT, _TORCH_TENSORRT, _AOTI)}

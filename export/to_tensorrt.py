@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ldm_deploy.errors import ExportError
+from ldm_deploy.export.traced import Shapes
 
 OLDEST = (10, 13)
-Shapes = Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]  # input -> smallest, usual, largest
 NAMES = {"Float": "fp32", "Half": "fp16", "BFloat16": "bf16", "Int8": "int8", "FP8": "fp8"}
 ARITHMETIC = ("conv", "gemm", "matmul", "matrix", "matrixmultiply", "deconv", "myelin", "kgen", "mha")
 

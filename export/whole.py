@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ldm_deploy.errors import ParityError
+from ldm_deploy.errors import ParityError, StageMissingError
 from ldm_deploy.eval.parity import Probe, check_parity, write_probes
-from ldm_deploy.export.export import Traced, choose_target, describe_model, provenance, through_cache, value_ranges
+from ldm_deploy.export.export import choose_target, describe_model, provenance, through_cache, value_ranges
 from ldm_deploy.export.probes import make_probes
-from ldm_deploy.export.targets import Target
+from ldm_deploy.export.targets import TARGETS, Target
 from ldm_deploy.export.to_onnx import component_axes
 from ldm_deploy.export.to_single_graph import PARTS, to_single_graph
+from ldm_deploy.export.traced import Traced
 
 if TYPE_CHECKING:
     from ldm_deploy.cache import Cache
@@ -45,6 +46,9 @@ def export_pipeline(
     from ldm_deploy.models.sources import resolve_source, source_digest
 
     chosen = choose_target(target, precision)
+    if chosen.from_module:
+        there = ", ".join(name for name, entry in TARGETS.items() if not entry.from_module)
+        raise StageMissingError(f"component pipeline is not built for {target}, which has no loop; there is: {there}")
     path = resolve_source(source)
     digest = source_digest(path)
     options = {"pipeline": precision, "target": target, "sampler": sampler, "steps": steps, "seed": seed}
@@ -168,13 +172,14 @@ def _engine(
     threads: int | None,
 ) -> dict[str, Any]:
     from ldm_deploy.eval.budget import load_budget
-    from ldm_deploy.export.export import describe_engine, engine_record, precision_of, proven_shapes
+    from ldm_deploy.export.export import describe_engine, engine_record, precision_of
     from ldm_deploy.onnx_graph import load_model, read_opset, read_signature
     from ldm_deploy.runtime.engines import open_engine
 
     (staging / "engines").mkdir()
-    built = target.build(graph, staging / "engines" / f"pipeline-{precision}", proven_shapes(probes))
-    record = engine_record("pipeline", precision, target, built, staging)
+    traced = Traced(None, probes, ({}, {}), "pipeline", ranges, graph.parent, {precision: graph})
+    built = target.build(traced, precision, staging / "engines" / f"pipeline-{precision}")
+    record = engine_record(traced, precision, target, built, staging)
     engine = open_engine(record, staging, threads=threads)
     limit = load_budget(None).parity_limit(precision, "pipeline")
     parity = check_parity(engine, probes, limit, component="pipeline", name=record.id)

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ldm_deploy.errors import ConfigError, StageMissingError
+from ldm_deploy.errors import ConfigError
 
 TARGETS = (
     "onnxruntime-cpu",
@@ -19,11 +19,8 @@ TARGETS = (
     "torch-tensorrt-cuda",
     "aoti-cuda",
 )
-TARGETS_BUILT = ("onnxruntime-cpu", "openvino-cpu", "tensorrt-cuda")
 COMPONENTS = ("text_encoder", "unet", "vae_encoder", "vae_decoder", "pipeline")
-COMPONENTS_BUILT = COMPONENTS
 PRECISIONS = ("fp32", "fp16", "bf16")
-PRECISIONS_BUILT = ("fp32", "fp16", "bf16")
 IMAGE_FORMATS = {".png": "PNG", ".bmp": "BMP"}
 
 
@@ -32,19 +29,17 @@ def check_words(
     components: list[str] | None = None,
     precisions: list[str] | None = None,
 ) -> None:
-    """Raises `ConfigError` for a word nobody knows, `StageMissingError` for one that is not built yet."""
-    for kind, given, known, built in (
-        ("target", targets, TARGETS, TARGETS_BUILT),
-        ("component", components, COMPONENTS, COMPONENTS_BUILT),
-        ("precision", precisions, PRECISIONS, PRECISIONS_BUILT),
+    """Raises `ConfigError` for a word nobody knows."""
+    for kind, given, known in (
+        ("target", targets, TARGETS),
+        ("component", components, COMPONENTS),
+        ("precision", precisions, PRECISIONS),
     ):
         for word in given or ():
             if word not in known:
                 near = difflib.get_close_matches(word, known, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(known)}"
                 raise ConfigError(f"{kind} {word!r} is unknown; {hint}")
-            if word not in built:
-                raise StageMissingError(f"{kind} {word!r} is not built yet; there is: {', '.join(built)}")
 
 
 def is_function(source: str) -> bool:

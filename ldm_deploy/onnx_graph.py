@@ -71,9 +71,11 @@ def load_model(path: Path, *, weights: bool = True) -> Any:
         raise EngineError(f"{path} is no readable ONNX file ({error}); build it again") from None
 
 
-def optimized_model(path: Path) -> Any:
-    """The graph that ONNX Runtime really runs on this machine's CPU, all optimizations applied; weights left out."""
+def optimized_model(path: Path, *, device: str = "cpu") -> Any:
+    """The graph that ONNX Runtime really runs on this machine, all optimizations applied; weights left out."""
     import onnxruntime
+
+    from ldm_deploy.runtime.engines import PROVIDERS
 
     with tempfile.TemporaryDirectory() as folder:
         options = onnxruntime.SessionOptions()
@@ -85,7 +87,7 @@ def optimized_model(path: Path) -> Any:
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.bin")
         options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
         try:
-            onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            onnxruntime.InferenceSession(str(path), options, providers=PROVIDERS[device])
         except Exception as error:
             reason = str(error).splitlines()[0]
             raise EngineError(f"ONNX Runtime cannot open {path}: {reason}; build the engine again") from None
@@ -109,9 +111,9 @@ def count_precisions(model: Any) -> dict[str, int]:
     return dict(sorted(found.items()))
 
 
-def precision_found(path: Path) -> dict[str, int]:
+def precision_found(path: Path, *, device: str = "cpu") -> dict[str, int]:
     """`count_precisions` of the graph that ONNX Runtime makes of the file."""
-    return count_precisions(optimized_model(path))
+    return count_precisions(optimized_model(path, device=device))
 
 
 def nodes_of(graph: Any) -> Iterable[Any]:

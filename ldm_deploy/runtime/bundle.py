@@ -27,6 +27,7 @@ from ldm_deploy.runtime.checks import (
 DISTRIBUTIONS = {
     "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
     "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
+    "aoti": ("torch",),
 }
 
 
@@ -42,6 +43,8 @@ class EngineRecord:
     device: str
     files: tuple[str, ...]
     built_for: dict[str, Any] | None = None  # what an engine that is not portable needs of the machine
+    inputs: tuple[dict[str, Any], ...] = ()  # name, dtype and shape, in the engine's order
+    outputs: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ldm_deploy.errors import EngineError
@@ -29,3 +30,18 @@ def device_properties() -> dict[str, str]:
     found = checked(runtime().cudaGetDeviceProperties(0))
     name = found.name.decode() if isinstance(found.name, bytes) else str(found.name)
     return {"gpu": name.rstrip("\0"), "compute_capability": f"{found.major}.{found.minor}"}
+
+
+def check_gpu(name: str, needs: Mapping[str, Any], found: Mapping[str, str]) -> None:
+    """Raises `EngineError` if engine `name` was built for another `gpu` or `compute_capability` than those found.
+
+    One that is `hardware_compatible` runs from Ampere on.
+    """
+    if needs.get("hardware_compatible") and float(found["compute_capability"]) >= 8.0:
+        return
+    for key, what in (("gpu", "on a"), ("compute_capability", "for compute capability")):
+        if needs.get(key) != found[key]:
+            raise EngineError(
+                f"engine {name} was built {what} {needs.get(key)} and this is {found[key]}; "
+                "build it again here, or choose the portable variant"
+            )

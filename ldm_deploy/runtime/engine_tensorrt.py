@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ldm_deploy.errors import EngineError
-from ldm_deploy.runtime.cuda import checked, device_properties, runtime
+from ldm_deploy.runtime.cuda import check_gpu, checked, device_properties, runtime
 
 DTYPES = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64", "INT32": "int32", "UINT8": "uint8", "BOOL": "bool"}
 Key = tuple[tuple[str, tuple[int, ...]], ...]
@@ -134,13 +134,7 @@ def check_built_for(name: str, needs: Mapping[str, Any], found: Mapping[str, str
             f"engine {name} was built with TensorRT {version[1]} and {version[2]} is installed; "
             "build it again here, or choose the portable variant"
         )
-    ampere = needs.get("hardware_compatible") and float(found["compute_capability"]) >= 8.0
-    for key, what in (("gpu", "on a"), ("compute_capability", "for compute capability")):
-        if needs.get(key) != found[key] and not ampere:
-            raise EngineError(
-                f"engine {name} was built {what} {needs.get(key)} and this is {found[key]}; "
-                "build it again here, or choose the portable variant"
-            )
+    check_gpu(name, needs, found)
 
 
 def _version(text: str) -> tuple[int, ...]:

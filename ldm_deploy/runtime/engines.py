@@ -15,7 +15,15 @@ if TYPE_CHECKING:
     from ldm_deploy.runtime.bundle import EngineRecord
 
 
-TARGETS = ("onnxruntime-cpu", "openvino-cpu", "tensorrt-cuda")  # what this version runs
+# What this version runs.
+TARGETS = (
+    "onnxruntime-cpu", "openvino-cpu", "onnxruntime-cuda", "tensorrt-cuda", "torch-tensorrt-cuda", "aoti-cuda",
+)  # fmt: skip
+# ONNX Runtime's names; TF32, on by default, has the mantissa of fp16.
+PROVIDERS: dict[str, list[Any]] = {
+    "cpu": ["CPUExecutionProvider"],
+    "cuda": [("CUDAExecutionProvider", {"use_tf32": "0"}), "CPUExecutionProvider"],
+}
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,7 @@ ONNX_DTYPES = {
 
 
 class OnnxRuntimeEngine:
-    """An ONNX file in ONNX Runtime on the CPU.
+    """An ONNX file in ONNX Runtime, on the CPU or, `device` "cuda", on an NVIDIA GPU.
 
     `threads` None leaves the number to ONNX Runtime. `spinning`: worker threads wait busily between calls: faster
     for an application that runs nothing else, a nuisance where several engines share a machine. `profile_prefix`
@@ -59,6 +67,7 @@ class OnnxRuntimeEngine:
         self,
         path: Path,
         *,
+        device: str = "cpu",
         threads: int | None = None,
         spinning: bool = True,
         profile_prefix: Path | None = None,
@@ -74,12 +83,14 @@ class OnnxRuntimeEngine:
         if profile_prefix is not None:
             options.enable_profiling = True
             options.profile_file_prefix = str(profile_prefix)
+        _check_device(device, onnxruntime.get_available_providers(), Path(path))
         try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=PROVIDERS[device])
         except Exception as error:  # onnxruntime's exceptions share no public base class
             reason = _first_line(error)
             raise EngineError(f"ONNX Runtime cannot open {path}: {reason}; build the engine again") from None
-        self.path = Path(path)
+        _check_device(device, self._session.get_providers(), Path(path))  # without a GPU it goes on with the CPU
+        self.path, self.device = Path(path), device
         self.inputs = [_info(value) for value in self._session.get_inputs()]
         self.outputs = [_info(value) for value in self._session.get_outputs()]
 
@@ -98,6 +109,14 @@ class OnnxRuntimeEngine:
 
     def end_profiling(self) -> Path:
         return Path(self._session.end_profiling())
+
+
+def _check_device(device: str, providers: list[str], path: Path) -> None:
+    if device == "cuda" and "CUDAExecutionProvider" not in providers:
+        raise EngineError(
+            f"ONNX Runtime finds no NVIDIA GPU here for {path}; pip install 'ldm-deploy[gpu]' where there is one, or "
+            "choose a variant for the CPU"
+        )
 
 
 def _info(value: Any) -> TensorInfo:
@@ -129,4 +148,9 @@ def open_engine(record: EngineRecord, root: Path, *, threads: int | None = None,
         from ldm_deploy.runtime.engine_tensorrt import TensorRtEngine
 
         return TensorRtEngine([root / file for file in record.files], record.built_for or {})
-    return OnnxRuntimeEngine(path, threads=threads, spinning=spinning)
+    if record.runtime in ("aoti", "torch-tensorrt"):
+        from ldm_deploy.runtime.engine_torch import TorchEngine
+
+        inputs, outputs = ([value["name"] for value in values] for values in (record.inputs, record.outputs))
+        return TorchEngine(path, record.runtime, inputs, outputs, record.built_for or {}, device=record.device)
+    return OnnxRuntimeEngine(path, device=record.device, threads=threads, spinning=spinning)

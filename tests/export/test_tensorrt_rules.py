@@ -11,10 +11,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from ldm_deploy.errors import ExportError
-from ldm_deploy.export.export import Traced
 from ldm_deploy.export.probes import make_probes
 from ldm_deploy.export.tensorrt_rules import broken_rules, check_graph
 from ldm_deploy.export.to_onnx import component_axes
+from ldm_deploy.export.traced import Traced
 from ldm_deploy.models.sources import load_source
 
 
