@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -130,3 +131,30 @@ def test_onnxruntime_does_not_go_on_without_the_gpu(traced: Traced) -> None:
         pytest.skip("there is a GPU")
     with pytest.raises(EngineError, match=r"ONNX Runtime finds no NVIDIA GPU here for .*; pip install"):
         OnnxRuntimeEngine(traced.graph("fp32"), device="cuda")
+
+
+@pytest.mark.slow
+def test_a_program_in_cpp_runs_the_package_without_python(
+    traced: Traced, package: tuple[Path, dict[str, Any]], root: Path, tmp_path: Path
+) -> None:
+    torch_root = Path(torch.__file__).parent
+    program = tmp_path / "run_aoti"
+    command = [
+        "g++", "-std=c++20", str(root / "examples" / "cpp" / "run_aoti.cpp"), "-o", str(program),
+        f"-I{torch_root}/include", f"-I{torch_root}/include/torch/csrc/api/include", f"-L{torch_root}/lib",
+        f"-Wl,-rpath,{torch_root}/lib", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10",
+    ]  # fmt: skip
+    subprocess.run(command, check=True)
+    words: list[str] = []
+    probe = traced.probes[-1]
+    for name, value in probe.inputs.items():
+        value.tofile(tmp_path / name)
+        words += [str(value.dtype), ",".join(map(str, value.shape)), str(tmp_path / name)]
+    output = tmp_path / "image.bin"
+    environment = {"PATH": "/usr/bin:/bin"}
+    subprocess.run([str(program), str(package[0]), "cpu", str(output), *words], check=True, env=environment)
+    expected = probe.outputs["image"]
+    np.testing.assert_allclose(np.fromfile(output, np.float32).reshape(expected.shape), expected, atol=1e-5)
+    failed = subprocess.run([str(program), "nowhere.pt2", "cpu", str(output), *words], capture_output=True, text=True)
+    assert failed.returncode == 1
+    assert failed.stderr.startswith("error: ")
