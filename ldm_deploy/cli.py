@@ -136,11 +136,21 @@ def export(
     component: Component = None,
     sampler: Annotated[str | None, Option("--sampler", metavar="S", help="Of the component pipeline.")] = None,
     steps: Annotated[int | None, Option("--steps", metavar="N", help="Of the component pipeline.")] = None,
+    layout: Annotated[str, Option("--layout", metavar="L", help="bundle, or optimum's folders.")] = "bundle",
     json: Json = None, seed: Seed = 0, threads: Threads = None, quiet: Quiet = False,
 ) -> Result:  # fmt: skip
     """Turn a model into engines checked against torch."""
-    commands.check_words(precisions=[precision], targets=[target], components=component)
+    commands.check_words(precisions=[precision], targets=[target], components=component, layouts=[layout])
     from ldm_deploy.cache import user_cache
+
+    if layout == "optimum":
+        if component or commands.is_function(source):
+            raise ConfigError("--layout optimum is for a whole model; leave --component out, or --layout")
+        from ldm_deploy.export.to_optimum import export_optimum
+
+        return export_optimum(
+            source, out, precision=precision, target=target, seed=seed, threads=threads, cache=user_cache()
+        ), 0
 
     if commands.is_function(source):
         if component is None or len(component) != 1:
