@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,7 @@ def export_optimum(
     *,
     precision: str = "fp32",
     target: str = "onnxruntime-cpu",
+    options: Sequence[str] = (),
     seed: int = 0,
     threads: int | None = None,
     cache: Cache | None = None,
@@ -70,7 +71,7 @@ def export_optimum(
     with staged_directory(out) as staging:
         made = staging / "bundle"
         bundle = export_source(
-            checkpoint, made, variants=[(precision, target)], seed=seed, threads=threads, cache=cache
+            checkpoint, made, variants=[(precision, target)], options=options, seed=seed, threads=threads, cache=cache
         )
         limits = load_budget(None)
         for engine in bundle.engines.values():
@@ -94,7 +95,7 @@ def export_optimum(
 
 
 def fitting(probes: list[Probe], kind: str) -> list[Probe]:
-    """What the graph of a `kind` (a key of `NAMES`) can answer: one timestep a batch, no spread of a tiny autoencoder."""
+    """What the graph of a `kind` can answer: one timestep a batch, no spread of a tiny autoencoder."""
     if kind == "tiny vae_encoder":
         return [Probe(probe.inputs, {"latent_mean": probe.outputs["latent_mean"]}) for probe in probes]
     return [probe for probe in probes if len(np.unique(probe.inputs.get("timestep", 0))) == 1]

@@ -172,12 +172,18 @@ def user_cache() -> Cache:
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     root = Path(os.environ.get("LDM_DEPLOY_CACHE") or Path(home) / "ldm-deploy")
     text = os.environ.get("LDM_DEPLOY_CACHE_LIMIT", "")
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(|kB|MB|GB|TB)", text)
-    if text and match is None:
+    limit = parse_size(text) if text else LIMIT_BYTES
+    if limit is None:
         raise ConfigError(
             f"LDM_DEPLOY_CACHE_LIMIT is {text!r}; give a number of bytes, as 5GB (kB, MB, GB, TB; 0 keeps nothing)"
         )
-    return Cache(root, LIMIT_BYTES if match is None else int(float(match[1]) * UNITS[match[2]]))
+    return Cache(root, limit)
+
+
+def parse_size(text: str) -> int | None:
+    """Bytes of "5GB", "1.5 MB" or "1000"; None for what is no size."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(|kB|MB|GB|TB)", text)
+    return None if match is None else int(float(match[1]) * UNITS[match[2]])
 
 
 def made_with(threads: int | None, machine: str) -> dict[str, Any]:
