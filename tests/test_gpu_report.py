@@ -40,7 +40,13 @@ def test_every_row_is_measured_or_says_why(
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     report = command.run(["reference"], "cpu", tmp_path, 5)
     rows = {row["name"]: row for row in report["components"]["text_encoder of reference"]}
-    assert list(rows) == ["fp32-torch", "bf16-torch", "fp32-onnxruntime-cpu", "fp16-onnxruntime-cpu", "fp32-tensorrt-cpu"]
+    assert list(rows) == [
+        "fp32-torch",
+        "bf16-torch",
+        "fp32-onnxruntime-cpu",
+        "fp16-onnxruntime-cpu",
+        "fp32-tensorrt-cpu",
+    ]
     for name, row in rows.items():
         if name == "fp32-tensorrt-cpu":
             assert row["status"] == "not measured"
