@@ -16,6 +16,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from ldm_deploy.artifact import atomic_write_bytes, atomic_write_json
+from ldm_deploy.eval.quality import describe_figure
 
 KEPT, FAILED, NOT_MEASURED = 0, 3, 4
 DASH = "–"
@@ -61,6 +62,7 @@ def to_html(result: Mapping[str, Any]) -> str:
         "bytes": format_bytes,
         "figure": format_figure,
         "gate": format_gate_value,
+        "quality": describe_figure,
     }
     template = (resources.files("ldm_deploy.eval") / "report_template.html").read_text("utf-8")
     return environment.from_string(template).render(report=result, samples=_samples(result), table=table(result))
