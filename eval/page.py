@@ -13,16 +13,15 @@ import numpy as np
 
 from ldm_deploy.eval.charts import SYMBOLS, Dot, Point, layer_chart, line_chart, pareto_chart, pareto_front
 from ldm_deploy.eval.tables import (
-    METRICS,
+    LABELS,
     count_gates,
     explanation,
     format_bytes,
-    format_figure,
     format_gate_value,
     format_latency,
     format_ratio,
-    metric,
     open_gates,
+    quality_rows,
     reasons,
     table,
     verdict,
@@ -51,9 +50,8 @@ def to_html(result: Mapping[str, Any]) -> str:
         "ms": format_latency,
         "ratio": format_ratio,
         "bytes": format_bytes,
-        "figure": format_figure,
         "gate": format_gate_value,
-        "metric": metric,
+        "quality": quality_rows,
     }
     script = (folder / "report.js").read_text("utf-8")
     why, *others = reasons(result)
@@ -152,21 +150,26 @@ def quality_charts(result: Mapping[str, Any]) -> list[dict[str, Any]]:
             continue
         points = [_point(row, name, result["chosen"]) for row in rows]
         limits = {gate["limit"] for row in rows for gate in row["gates"] if gate["name"] == gate_name}
-        more = bool(METRICS[name].more)
+        more = bool(LABELS[name].more)
         front = {point.name for point in pareto_front(points, more=more)}
         baseline = result["baseline"]["latency_ms"]
         charts.append(
             {
-                "name": name,
                 "svg": pareto_chart(
                     points,
-                    METRICS[name].label,
+                    LABELS[name].name,
                     more=more,
                     limit=limits.pop() if len(limits) == 1 else None,
                     baseline_ms=baseline["median"] if baseline else None,
                 ),
                 "points": [
-                    {"row": row, "symbol": SYMBOLS[point.kind], "kind": point.kind, "front": point.name in front}
+                    {
+                        "row": row,
+                        "symbol": SYMBOLS[point.kind],
+                        "kind": point.kind,
+                        "quality": f"{point.y:.{LABELS[name].digits}f}",
+                        "front": point.name in front,
+                    }
                     for row, point in zip(rows, points, strict=True)
                 ],
             }

@@ -9,27 +9,71 @@ from typing import Any, NamedTuple
 DASH = "–"
 
 
-class Metric(NamedTuple):
-    """How a figure of `quality` is shown. `more`: whether more is better; None where that makes no sense."""
+class Label(NamedTuple):
+    """How a figure of `quality` is shown. `more`: whether more is better; None where neither is."""
 
-    label: str
+    name: str
     digits: int = 4
-    more: bool | None = False
+    more: bool | None = None
     meaning: str = ""
 
 
 # What has no entry here is shown under its own name.
-METRICS = {
-    "psnr_db": Metric("PSNR, dB", 1, True, "peak 255; identical images count as 100 dB"),
-    "ssim": Metric("SSIM", 4, True, "structural similarity, 1 for equal images"),
-    "ms_ssim": Metric("MS-SSIM", 4, True, "SSIM over several scales, 1 for equal images"),
-    "lpips": Metric("LPIPS", 4, False, "perceptual distance, 0 for equal images"),
-    "delta_e2000": Metric("ΔE2000", 3, False, "mean colour difference of a pixel; about 1 is just noticeable"),
+LABELS = {
+    "psnr_db": Label("PSNR, dB", 1, True, "peak 255; identical images count as 100 dB"),
+    "ssim": Label("SSIM", 4, True, "structural similarity, 1 for equal images"),
+    "ms_ssim": Label("MS-SSIM", 4, True, "the same over several scales"),
+    "lpips": Label("LPIPS", 4, False, "perceptual distance, 0 for equal images"),
+    "delta_e2000": Label("ΔE2000", 3, False, "mean difference in colour; about 1 is just noticeable"),
+    "tile_psnr_db": Label("worst tile, dB", 1, True, "PSNR of each image's worst tile"),
+    "colour_shift": Label("colour shift", 3, None, "signed grey levels of red / green / blue, best near 0"),
+    "frechet_distance": Label("Fréchet distance", 4, False, "between the sets of images"),
+    "kernel_distance": Label("kernel distance", 6, False, "between the sets of images"),
 }
+SHOWN = ("mean", "value", "ci95", "worst", "n", "worst_image", "reason", "peak")  # what has a place in the table
 
 
-def metric(name: str) -> Metric:
-    return METRICS.get(name, Metric(name, more=None))
+def quality_rows(quality: Mapping[str, Any]) -> list[tuple[list[str], list[str]]]:
+    """Per figure: its name, mean, interval, worst, number of images, worst image, meaning or reason; and what else."""
+    rows = []
+    for key, figure in quality.items():
+        label = LABELS.get(key, Label(key))
+        better = {True: "; more is better", False: "; less is better", None: ""}[label.more]
+        place = figure.get("worst_image") or {}
+        cells = [
+            label.name,
+            _numbers(figure.get("mean", figure.get("value")), label.digits),
+            _interval(figure.get("ci95"), label.digits),
+            _numbers(figure.get("worst"), label.digits),
+            str(figure.get("n", DASH)),
+            f"{place['prompt']}, seed {place['seed']}" if place else DASH,
+            f"not measured: {figure['reason']}" if figure.get("reason") else label.meaning + better,
+        ]
+        rest = [f"{name}: {_plain(value)}" for name, value in figure.items() if name not in SHOWN and value is not None]
+        rows.append((cells, rest))
+    return rows
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_plain(inner)}" for name, inner in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_plain, value))
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def _numbers(value: Any, digits: int) -> str:
+    """A number, or one of each channel."""
+    if value is None:
+        return DASH
+    return " / ".join(f"{number:.{digits}f}" for number in (value if isinstance(value, list) else [value]))
+
+
+def _interval(value: Any, digits: int) -> str:
+    if value is None:
+        return DASH
+    intervals = value if isinstance(value[0], list) else [value]
+    return " / ".join(f"{low:.{digits}f} to {high:.{digits}f}" for low, high in intervals)
 
 
 def table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -107,7 +107,9 @@ def test_markdown_without_open_gates_has_no_table_of_them(case: Any) -> None:
     for row in result["variants"]:
         row["gates"] = [gate | {"result": "pass", "reason": None} for gate in row["gates"]]
     text = to_markdown(result)
-    assert "Gates: 12 pass, 0 fail, 0 not measured." in text
+    number = sum(len(row["gates"]) for row in result["variants"])
+    assert number > 0
+    assert f"Gates: {number} pass, 0 fail, 0 not measured." in text
     assert "| gate |" not in text
 
 
