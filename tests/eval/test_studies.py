@@ -81,3 +81,13 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "sensitivity.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(EvaluationError, match="cannot be read"):
         read_studies(tmp_path)
+
+
+def test_the_examples_in_the_docs_are_valid(root: Path) -> None:
+    text = (root / "docs" / "evaluation.md").read_text(encoding="utf-8").partition("\n## The report\n")[2]
+    text = text.partition("\n## ")[0]
+    examples = [json.loads(block.partition("```")[0]) for block in text.split("```json\n")[1:]]
+    named = {"sensitivity" if "studies" in content else "timestep_error": content for content in examples}
+    assert set(named) == set(STUDIES)
+    for name, content in named.items():
+        check_study(name, content, "docs/evaluation.md")
