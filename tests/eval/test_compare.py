@@ -15,7 +15,7 @@ import pytest
 from ldm_deploy.errors import ArtifactError, BundleError
 from ldm_deploy.eval import compare
 from ldm_deploy.eval.compare import Evaluation, evaluate_bundle, find_reference
-from ldm_deploy.eval.measure import BASELINE
+from ldm_deploy.eval.measure import BASELINE, Measured
 from ldm_deploy.eval.report import exit_code
 
 PROMPTS = ["red apple", "sun"]
@@ -184,4 +184,33 @@ def test_a_damaged_bundle_is_not_measured(bundle: Path) -> None:
     content[len(content) // 2] ^= 1
     file.write_bytes(bytes(content))
     with pytest.raises(BundleError, match=file.name):
+        evaluate_bundle(bundle, threads=1)
+
+
+def add_study(bundle: Path, content: dict[str, Any]) -> None:
+    from ldm_deploy.runtime.bundle import write_bundle
+
+    (bundle / "sensitivity.json").write_text(json.dumps(content))
+    write_bundle(bundle, json.loads((bundle / "bundle.json").read_text()))
+
+
+def test_a_study_in_the_bundle_reaches_the_page(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ldm_deploy.eval.page import to_html
+    from tests.eval.studies import sensitivity
+
+    nothing = Measured()
+    nothing.failed[FP32] = "nothing is drawn in this test"
+    monkeypatch.setattr(compare, "measure", lambda *_, **__: nothing)
+    add_study(bundle, sensitivity())
+    report = evaluate_bundle(bundle, threads=1)
+    assert report.studies == {"sensitivity": sensitivity()}
+    assert "mid.attention" in to_html(report)
+
+
+def test_a_damaged_study_is_refused_before_anything_is_measured(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ldm_deploy.errors import EvaluationError
+
+    add_study(bundle, {"format": 2})
+    monkeypatch.setattr(compare, "measure", lambda *_, **__: pytest.fail("it was measured"))
+    with pytest.raises(EvaluationError, match=r"sensitivity.json: \$"):
         evaluate_bundle(bundle, threads=1)
