@@ -83,7 +83,7 @@ def unet_bundle() -> Path:
 
 def judge_latency(share: float, seed: int) -> dict[str, Any]:
     """A trial: the U-Net against itself, made slower by `share`."""
-    from ldm_deploy.eval.measure import pipeline_feeds
+    from ldm_deploy.eval.measure import component_feeds
     from ldm_deploy.eval.parity import read_probes
     from ldm_deploy.eval.slowdown import engine_call, judge_slowdown
 
@@ -91,7 +91,7 @@ def judge_latency(share: float, seed: int) -> dict[str, Any]:
     engine = {"kind": "engine", "runtime": "onnxruntime", "path": str(bundle / "engines" / "unet-fp32.onnx")}
     arguments = {"path": engine["path"], "share": share}
     slower = {"kind": "factory", "file": __file__, "function": "SlowerEngine", "arguments": arguments}
-    feeds = pipeline_feeds("unet", read_probes(bundle / "probes" / "unet.safetensors"))
+    feeds = component_feeds("unet", read_probes(bundle / "probes" / "unet.safetensors"))
     found = judge_slowdown(engine, slower if share else engine, engine_call(feeds), threads=THREADS, seed=seed)
     return found.to_dict()
 

@@ -17,11 +17,19 @@ from ldm_deploy.errors import BudgetError
 
 FORMAT = 1
 SHIPPED = "eval/budgets.toml"
-# limit -> what it bounds and how it is written
-MINIMA = ("psnr_db_min", "ssim_min", "speedup_min")
-MAXIMA = ("lpips_max", "peak_memory_max", "size_max")
+# The name says what it bounds and from which side; quality limits need nothing but images.
+QUALITY = (
+    "psnr_db_min",
+    "worst_psnr_db_min",
+    "ssim_min",
+    "ms_ssim_min",
+    "lpips_max",
+    "delta_e2000_max",
+    "colour_shift_max",
+)
+LIMITS = (*QUALITY, "speedup_min", "peak_memory_max", "size_max")
+MINIMA = tuple(name for name in LIMITS if name.endswith("_min"))
 RELATIVE = ("peak_memory_max", "size_max")  # bytes, or a multiple of the baseline: "0.6x"
-LIMITS = ("psnr_db_min", "lpips_max", "ssim_min", "speedup_min", "peak_memory_max", "size_max")
 SETTINGS = ("lpips_backbone", "required")
 BACKBONES = ("squeeze", "alex", "vgg")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "mixed", "w8", "w4")

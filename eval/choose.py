@@ -22,10 +22,7 @@ def judge_variant(row: Row, baseline: Row, budget: Budget) -> None:
 
 def figures(row: Row, baseline: Row) -> dict[str, Measured]:
     """What each limit of a budget is compared with."""
-    quality, found = row["quality"] or {}, {}
-    for limit, name in (("psnr_db_min", "psnr_db"), ("ssim_min", "ssim"), ("lpips_max", "lpips")):
-        entry = quality.get(name) or {"mean": None, "ci95": None, "reason": "no images were compared"}
-        found[limit] = _spread(entry["mean"], entry["ci95"], entry["reason"])
+    found = quality_figures(row["quality"] or {})
     speed = row["speedup"]
     if speed is None:
         whose = row if row["latency_ms"] is None else baseline
@@ -37,6 +34,32 @@ def figures(row: Row, baseline: Row) -> dict[str, Measured]:
         reason = None if row[name] is not None else f"{row['name']} was not loaded; its row says why"
         found[limit] = Measured(row[name], reason=reason, baseline=baseline[name])
     return found
+
+
+def quality_figures(quality: Mapping[str, Any]) -> dict[str, Measured]:
+    """What the limits on images are compared with; `quality` as report.json has it."""
+    absent = {"mean": None, "worst": None, "ci95": None, "reason": "no images were compared"}
+    found = {}
+    for name in ("psnr_db_min", "ssim_min", "ms_ssim_min", "lpips_max", "delta_e2000_max"):
+        entry = quality.get(name.rpartition("_")[0]) or absent
+        found[name] = _spread(entry["mean"], entry["ci95"], entry["reason"])
+    # Of these very images, which are the protocol's: a fact, without an interval.
+    worst = quality.get("psnr_db") or absent
+    found["worst_psnr_db_min"] = Measured(worst["worst"], reason=worst["reason"])
+    found["colour_shift_max"] = _largest_shift(quality.get("colour_shift") or absent)
+    return found
+
+
+def _largest_shift(entry: Mapping[str, Any]) -> Measured:
+    """The largest absolute mean of the three channels; the interval holds the largest of their absolute values."""
+    if entry["mean"] is None:
+        return Measured(None, reason=entry["reason"])
+    value = max(abs(mean) for mean in entry["mean"])
+    if entry["ci95"] is None:
+        return _spread(value, None, None)
+    ends = [sorted((abs(low), abs(high))) if low * high > 0 else [0.0, max(-low, high)] for low, high in entry["ci95"]]
+    low, high = (max(channel[side] for channel in ends) for side in (0, 1))
+    return Measured(value, (low, high))
 
 
 def _spread(value: float | None, interval: Sequence[float] | None, reason: str | None) -> Measured:
@@ -113,9 +136,4 @@ def _speed(row: Row) -> float:
     return float(row["speedup"]["median"] if row["speedup"] else 1 / row["latency_ms"]["median"])
 
 
-def open_gates(row: Row) -> list[Row]:
-    """The gates of a row that did not pass."""
-    return [gate for gate in row["gates"] if gate["result"] != "pass"]
-
-
-__all__ = ["Gate", "choose", "figures", "harm", "judge_variant", "obstacle", "open_gates", "times"]
+__all__ = ["Gate", "choose", "figures", "harm", "judge_variant", "obstacle", "times"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,16 +74,34 @@ class Lpips:
 
     def __call__(self, reference: np.ndarray, candidate: np.ndarray) -> np.ndarray:
         """uint8 (n, H, W, 3) twice -> float64 (n,), 0 for equal images. Raises `ValueError` if they do not compare."""
+        return self.compare(reference, candidate)[0]
+
+    def compare(self, reference: np.ndarray, candidate: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The distance of each pair, and what `distribution.py` takes of each image: see `set_features`.
+
+        uint8 (n, H, W, 3) twice -> float64 (n,), float32 (n, d), float32 (n, d). Each image passes through the backbone
+        once. Raises `ValueError` if the images do not compare.
+        """
+        import lpips
         import torch
 
         check_pair(reference, candidate)
-        network = self.network()
         found = []
         with torch.inference_mode():
             for start in range(0, len(reference), BATCH):
-                pair = (_tensor(images[start : start + BATCH]) for images in (reference, candidate))
-                found.append(network(*pair).flatten().double().numpy())
-        return np.concatenate(found)
+                one, other = (
+                    self._layers(_tensor(images[start : start + BATCH])) for images in (reference, candidate)
+                )
+                distance = (self._embed(one) - self._embed(other)).double().square().sum(1)
+                last = (lpips.normalize_tensor(layers[-1]).mean((2, 3)) for layers in (one, other))
+                found.append((distance.numpy(), *(vectors.numpy() for vectors in last)))
+        distances, first, second = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        return distances, first, second
+
+    @property
+    def set_features(self) -> str:
+        """What `compare` gives for distances between sets of images, in words."""
+        return f"last layer of the LPIPS backbone {self.backbone}, unit length per pixel, mean over pixels"
 
     def nearest(self, queries: np.ndarray, gallery: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The gallery image nearest to each query: uint8 (q, H, W, 3), (g, H, W, 3) -> index int64 (q,), distance (q,).
@@ -114,12 +132,19 @@ class Lpips:
         LPIPS = sum over layers l of mean over pixels of sum over channels c of w_lc (f_lc - g_lc)², where f and g are
         features of unit length per pixel and w >= 0 (eq. 1): multiply each by sqrt(w_lc / pixels).
         """
+        return self._embed(self._layers(images))
+
+    def _layers(self, images: Tensor) -> list[Tensor]:
+        """The backbone's activations that LPIPS looks at: float (n, 3, H, W) in [-1, 1] -> (n, channels, h, w) each."""
+        network = self.network()
+        return list(network.net(network.scaling_layer(images)))
+
+    def _embed(self, layers: Sequence[Tensor]) -> Tensor:
         import lpips
         import torch
 
-        network = self.network()
         parts = []
-        for layer, head in zip(network.net(network.scaling_layer(images)), network.lins, strict=True):
+        for layer, head in zip(layers, self.network().lins, strict=True):
             weight = head.model[-1].weight.clamp_min(0)  # (1, channels, 1, 1)
             pixels = layer.shape[2] * layer.shape[3]
             parts.append((lpips.normalize_tensor(layer) * (weight / pixels).sqrt()).flatten(1))

@@ -12,7 +12,7 @@ from ldm_deploy.eval.lpips_distance import Lpips
 from ldm_deploy.eval.measure import BASELINE, Measured
 from ldm_deploy.eval.memory import fp32_size_bytes, size_bytes
 from ldm_deploy.eval.metrics import ratio_ci
-from ldm_deploy.eval.quality import METRICS, compare_images, constant_images, flat_reason, not_measured
+from ldm_deploy.eval.quality import compare_images, constant_images, flat_reason, nothing_measured
 from ldm_deploy.models.sources import weight_files
 
 COARSEST_FIRST = ("w4", "w8", "int8", "mixed", "bf16", "fp16", "fp32")  # a variant is named after its coarsest engine
@@ -136,8 +136,7 @@ def add_quality(row: Row, found: Measured, grid: Grid, lpips: Lpips, seed: int) 
     name = row["name"]
     if name not in found.images or BASELINE not in found.images:
         whose = name if name not in found.images else BASELINE
-        row["quality"] = {metric: not_measured(f"{whose} drew no images; its row says why") for metric in METRICS}
-        row["quality"]["lpips"] |= {"backbone": lpips.backbone, "weights_sha256": lpips.weights_sha256}
+        row["quality"] = nothing_measured(f"{whose} drew no images; its row says why", lpips)
         return
     reference, candidate = found.images[BASELINE], found.images[name]
     row["quality"], row["images"] = compare_images(reference, candidate, grid.pairs, lpips, seed=seed)
@@ -175,8 +174,7 @@ def add_refused(rows: Sequence[Row], refused: Sequence[Mapping[str, Any]]) -> li
             "size_bytes": entry.get("size_bytes"),
         }
         row["reason"] = "it was not drawn with: an earlier stage refused it"
-        row["quality"] = {metric: not_measured("refused before images were drawn") for metric in METRICS}
-        row["quality"]["lpips"] |= {"backbone": None, "weights_sha256": None}
+        row["quality"] = nothing_measured("refused before images were drawn", None)
         row["components"] = [
             {
                 "name": entry.get("component", ""),
