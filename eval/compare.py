@@ -16,6 +16,7 @@ from ldm_deploy.eval.grid import Grid, load_grid
 from ldm_deploy.eval.lpips_distance import Lpips
 from ldm_deploy.eval.machine import machine, usable_threads
 from ldm_deploy.eval.measure import BASELINE, Measured, component_plan, measure
+from ldm_deploy.eval.reconstruction import open_originals, reconstruct_all
 from ldm_deploy.eval.rows import add_comparisons, add_quality, add_refused, baseline_row, variant_row
 from ldm_deploy.eval.studies import read_studies
 
@@ -59,13 +60,15 @@ def evaluate_bundle(
     seeds: Sequence[int] | None = None,
     steps: int | None = None,
     timeout_s: float = 600.0,
+    images: Path | str | None = None,
 ) -> Evaluation:
     """Measure and judge every variant of a bundle directory; returns the content of report.json.
 
     `reference`: the directory of the fp32 model (the shipped one if it is the bundle's parent and none is given).
     `seed` decides the order of the rounds and the bootstrap, not the images. `steps` overrides what the variants ask.
-    What fails is a row with its reason. Raises `BundleError` for a bundle and `ArtifactError` for a given reference
-    that cannot be read.
+    `images`: of the user's own, for every autoencoder to reconstruct (see `open_originals`). What fails is a row with
+    its reason. Raises `BundleError` for a bundle and `ArtifactError` for a given reference that cannot be read, and
+    `DataError` for images.
     """
     from ldm_deploy.runtime.bundle import read_bundle
 
@@ -78,6 +81,7 @@ def evaluate_bundle(
     threads = threads or usable_threads()
     before = machine(threads)
     source, no_baseline = find_reference(data.get("parents", {}).get("reference"), reference)
+    originals = None if images is None else open_originals(images, data["model"])
     specs: dict[str, Record] = {}
     if source is not None:
         specs[BASELINE] = {"kind": "reference", "path": str(source)}
@@ -88,6 +92,10 @@ def evaluate_bundle(
     judged = judge(
         data, bundle, found, grid, budget or load_budget(None), baseline_row(source, no_baseline, found), seed
     )
+    if originals is not None:
+        rebuilt = reconstruct_all(bundle, data, source, originals, threads=threads, seed=seed)
+        for row in (judged["baseline"], *judged["variants"]):
+            row["reconstruction"] = rebuilt.get(row["name"])
     sampling = sampling_of(data, source)
     content = {
         "format": 1,
