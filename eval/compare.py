@@ -16,6 +16,7 @@ from ldm_deploy.eval.grid import Grid, load_grid
 from ldm_deploy.eval.lpips_distance import Lpips
 from ldm_deploy.eval.machine import machine, usable_threads
 from ldm_deploy.eval.measure import BASELINE, Measured, component_plan, measure
+from ldm_deploy.eval.regression import Stored, add_regression, check_comparable
 from ldm_deploy.eval.rows import add_comparisons, add_quality, add_refused, baseline_row, variant_row
 
 PROTOCOL = {
@@ -48,13 +49,15 @@ def evaluate_bundle(
     seeds: Sequence[int] | None = None,
     steps: int | None = None,
     timeout_s: float = 600.0,
+    against: Stored | None = None,
 ) -> Evaluation:
     """Measure and judge every variant of a bundle directory; returns the content of report.json.
 
     `reference`: the directory of the fp32 model (the shipped one if it is the bundle's parent and none is given).
     `seed` decides the order of the rounds and the bootstrap, not the images. `steps` overrides what the variants ask.
-    What fails is a row with its reason. Raises `BundleError` for a bundle and `ArtifactError` for a given reference
-    that cannot be read.
+    `against`: an earlier result, which the gates of `regression.py` compare this one with. What fails is a row with its
+    reason. Raises `BundleError` for a bundle and `ArtifactError` for a given reference that cannot be read, and
+    `EvaluationError` for a stored result that does not compare.
     """
     from ldm_deploy.runtime.bundle import read_bundle
 
@@ -66,6 +69,21 @@ def evaluate_bundle(
     threads = threads or usable_threads()
     before = machine(threads)
     source, no_baseline = find_reference(data.get("parents", {}).get("reference"), reference)
+    sampling = sampling_of(data, source)
+    parent = {"name": data.get("name"), "digest": data.get("parents", {}).get("reference")}
+    protocol = {
+        "prompts_sha256": grid.prompts_sha256,
+        "prompts": list(grid.prompts),
+        "seeds": list(grid.seeds),
+        **sampling,
+        "steps": steps or sampling["steps"],
+        "size": list(data["model"]["default_size"]),
+        "threads": threads,
+        "order_seed": seed,
+        **PROTOCOL,
+    }
+    if against is not None:
+        check_comparable(against, parent, protocol)
     specs: dict[str, Record] = {}
     if source is not None:
         specs[BASELINE] = {"kind": "reference", "path": str(source)}
@@ -73,30 +91,20 @@ def evaluate_bundle(
         specs[variant["name"]] = {"kind": "variant", "bundle": str(bundle), "variant": variant["name"]}
     plan = component_plan(data, bundle)
     found = measure(specs, grid, plan, threads=threads, seed=seed, steps=steps, timeout_s=timeout_s)
-    judged = judge(
-        data, bundle, found, grid, budget or load_budget(None), baseline_row(source, no_baseline, found), seed
-    )
-    sampling = sampling_of(data, source)
+    budget = budget or load_budget(None)
+    judged = judge(data, bundle, found, grid, budget, baseline_row(source, no_baseline, found), seed)
     content = {
         "format": 1,
         "created": started.isoformat(timespec="seconds"),
         "duration_s": round((datetime.now(UTC) - started).total_seconds(), 1),
-        "source": {"name": data.get("name"), "digest": data.get("parents", {}).get("reference")},
-        "protocol": {
-            "prompts_sha256": grid.prompts_sha256,
-            "prompts": list(grid.prompts),
-            "seeds": list(grid.seeds),
-            **sampling,
-            "steps": steps or sampling["steps"],
-            "size": list(data["model"]["default_size"]),
-            "threads": threads,
-            "order_seed": seed,
-            **PROTOCOL,
-        },
+        "source": parent,
+        "protocol": protocol,
         "machine": {**before, "load_average_after": machine(threads)["load_average"]},
         "default_variant": data.get("default_variant"),
         **judged,
     }
+    if against is not None:
+        add_regression(content, against, budget, seed)
     return Evaluation(content, found.images, grid)
 
 

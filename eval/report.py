@@ -16,6 +16,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from ldm_deploy.artifact import atomic_write_bytes, atomic_write_json
+from ldm_deploy.eval.budget import AGAINST
 from ldm_deploy.eval.quality import describe_figure
 
 KEPT, FAILED, NOT_MEASURED = 0, 3, 4
@@ -23,12 +24,25 @@ DASH = "–"
 
 
 def exit_code(report: Mapping[str, Any]) -> int:
-    """0: the chosen variant keeps its budget. Without one, 4 if only a required measurement is missing, else 3."""
+    """What `ldm-deploy eval` ends with: 0 kept, 3 a gate failed, 4 a required one was not measured.
+
+    Against its budget the chosen variant counts; without one it is 4 if only a required measurement is missing, else 3.
+    Against a stored result every variant counts, whether it is chosen or not.
+    """
+    against = [gate for row in report["variants"] for gate in row["gates"] if gate["name"] in AGAINST]
+    missing = any(gate["required"] and gate["result"] == "not measured" for gate in against)
+    worse = any(gate["result"] == "fail" for gate in against)
+    code = _budget_code(report)
+    return FAILED if worse else code or (NOT_MEASURED if missing else KEPT)
+
+
+def _budget_code(report: Mapping[str, Any]) -> int:
     if report["chosen"] is not None:
         return KEPT
     for row in report["variants"]:
-        failed = any(gate["result"] == "fail" for gate in row["gates"])
-        missing = any(gate["required"] and gate["result"] == "not measured" for gate in row["gates"])
+        gates = [gate for gate in row["gates"] if gate["name"] not in AGAINST]
+        failed = any(gate["result"] == "fail" for gate in gates)
+        missing = any(gate["required"] and gate["result"] == "not measured" for gate in gates)
         if row["status"] == "ok" and row["refused"] is None and missing and not failed:
             return NOT_MEASURED
     return FAILED
@@ -62,6 +76,7 @@ def to_html(result: Mapping[str, Any]) -> str:
         "bytes": format_bytes,
         "figure": format_figure,
         "gate": format_gate_value,
+        "against": against_note,
         "quality": describe_figure,
     }
     template = (resources.files("ldm_deploy.eval") / "report_template.html").read_text("utf-8")
@@ -130,6 +145,9 @@ def table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def verdict(row: Mapping[str, Any], chosen: str | None) -> str:
     """One or two words for the last column."""
+    worse = [gate["name"] for gate in row["gates"] if gate["name"] in AGAINST and gate["result"] == "fail"]
+    if worse:
+        return f"worse than stored: {', '.join(worse)}"
     if row["name"] == chosen:
         return "chosen"
     if row["refused"] is not None:
@@ -150,6 +168,15 @@ def explanation(row: Mapping[str, Any]) -> str | None:
     if row["status"] != "ok":
         return f"{row['status']}: {row['reason']}"
     return f"refused: {row['refused']}" if row["refused"] is not None else None
+
+
+def against_note(result: Mapping[str, Any]) -> str | None:
+    """With which stored result this one was compared, and how; None if with none."""
+    against = result.get("against")
+    if against is None:
+        return None
+    new = f"; not in it: {', '.join(against['new'])}" if against["new"] else ""
+    return f"{against['note']}{new}"
 
 
 def print_table(result: Mapping[str, Any]) -> None:
@@ -177,12 +204,15 @@ def print_table(result: Mapping[str, Any]) -> None:
     if result["baseline"]["reason"]:
         console.print(f"baseline {result['baseline']['status']}: {result['baseline']['reason']}")
     console.print(f"chosen: {result['chosen'] or 'none'}. {result['why']}")
+    if against_note(result):
+        console.print(against_note(result))
 
 
 def to_markdown(result: Mapping[str, Any]) -> str:
     """A summary for a pull request."""
     heads, rows = table(result)
     lines = [f"**Chosen: {result['chosen'] or 'none'}.** {_cell(result['why'])}", ""]
+    lines += [_cell(note), ""] if (note := against_note(result)) else []
     lines += [_row(heads), _row(["---", *["---:"] * (len(heads) - 2), "---"])]
     lines += [_row(row) for row in rows]
     lines += ["", *(f"- {row['name']}: {_cell(why)}" for row in result["variants"] if (why := explanation(row)))]

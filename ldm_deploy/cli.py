@@ -232,18 +232,19 @@ def eval_(
     directory: Annotated[Path, Argument(metavar="DIR", help="A bundle or a reference directory.")],
     budget: Budget = None,
     reference: Annotated[Path | None, Option("--reference", metavar="DIR", help="The fp32 model.")] = None,
-    against: Annotated[Path | None, Option("--against", metavar="REPORT.json", help="Not built yet.")] = None,
+    against: Annotated[Path | None, Option("--against", metavar="REPORT.json", help="An earlier result.")] = None,
     data: Annotated[str | None, Option("--data", metavar="PATH", help="Images to score a reference.")] = None,
     out: Annotated[Path | None, Option("--out", metavar="DIR", help="For the report (DIR.report).")] = None,
     json: Json = None, seed: Seed = 0, threads: Threads = None, quiet: Quiet = False,
 ) -> Result:  # fmt: skip
     """Measure every variant and check the budget.
 
-    Quality, latency, memory and size against the fp32 reference in torch, with the same seeds.
+    Quality, latency, memory and size against the fp32 reference in torch, with the same seeds; with --against also
+    against an earlier report.json of this bundle, and exit 3 if it was better.
     """
-    if against is not None:
-        raise StageMissingError("--against is not built yet; compare the two report.json files yourself")
     if (directory / "model.json").is_file():
+        if against is not None:
+            raise ConfigError(f"{directory} is a reference, and --against compares bundles; leave it out")
         from ldm_deploy.eval.reference import score_reference
 
         images = data or os.environ.get("LDM_DEPLOY_DATA")
@@ -252,10 +253,12 @@ def eval_(
         return score_reference(directory, images), 0
     from ldm_deploy.eval.budget import load_budget
     from ldm_deploy.eval.compare import evaluate_bundle
+    from ldm_deploy.eval.regression import read_stored
     from ldm_deploy.eval.report import exit_code, print_table, write_report
 
     limits = load_budget(budget)
-    report = evaluate_bundle(directory, reference=reference, budget=limits, threads=threads, seed=seed)
+    stored = None if against is None else read_stored(against)
+    report = evaluate_bundle(directory, reference=reference, budget=limits, threads=threads, seed=seed, against=stored)
     write_report(report, out or directory.absolute().with_name(directory.absolute().name + ".report"))
     print_table(report)
     return report, exit_code(report)
