@@ -108,6 +108,13 @@ class GateItem(pytest.Item):
                 pytest.fail(f"not measured and required: {text}", pytrace=False)
             pytest.skip(f"not measured: {text}")
 
+    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
+        from ldm_deploy.errors import LdmDeployError
+
+        if isinstance(excinfo.value, LdmDeployError):
+            return str(excinfo.value)  # it says what to do; where it was raised helps nobody
+        return super().repr_failure(excinfo, style)
+
     def reportinfo(self) -> tuple[Path, None, str]:
         return self.path, None, self.nodeid
 
