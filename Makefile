@@ -53,11 +53,14 @@ train: $(INSTALLED) ## train a reference: make train DATA=emoji.zip PRESET=refer
 distill: ## fewer steps, a smaller decoder: not built yet
 	@echo "error: distillation is not built yet; there is: make export (INT8 for ONNX Runtime on the CPU)" >&2; exit 1
 
-bench: $(INSTALLED) ## latency of the bundle that make export wrote, by component and end to end
+bench: $(INSTALLED) ## latency of the bundle that make export wrote; export and INT8 beside their peers (15 minutes)
 	@$(BIN)/ldm-deploy bench $(OUT)
+	@$(BIN)/python benchmarks/export_unet.py
+	@$(BIN)/python benchmarks/unet_int8.py
 
-gpu-report: ## the same report from a GPU: not built yet
-	@echo "error: the GPU targets are not built yet; there is: make export (ONNX Runtime on the CPU)" >&2; exit 1
+# A machine with a GPU may have no network: without .venv its own Python is used.
+gpu-report: ## every engine for a GPU, built, compared and timed, in build/gpu (needs an NVIDIA GPU; no set-up)
+	@"$$(test -x $(BIN)/python && echo $(BIN)/python || echo $(PYTHON))" benchmarks/gpu_report.py
 
 clean: ## remove build outputs and caches; the virtual environment stays
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

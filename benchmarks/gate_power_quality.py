@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,8 +101,10 @@ def bench(folder: Path, variant: str, images: int) -> Bench:
     return made
 
 
-def judge_quality(folder: Path, variant: str, fault: str | None, seed: int, *, elsewhere: bool = False) -> dict[str, Any]:
-    """A trial: what the gates say of the variant with a fault planted, or, without one, on another number of threads."""
+def judge_quality(
+    folder: Path, variant: str, fault: str | None, seed: int, *, elsewhere: bool = False
+) -> dict[str, Any]:
+    """A trial: what the gates say of the variant with a fault planted, or with none on another number of threads."""
     import onnx
 
     made = bench(folder, variant, 48 if elsewhere else 8)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+COLOURS = ("red", "green", "blue")
 WEIGHTED = ("Conv", "Gemm", "MatMul")
 Plant = Callable[[dict[str, Any], np.random.Generator], tuple[str, str]]
 
@@ -56,7 +57,7 @@ def shift_a_colour(models: dict[str, Any], rng: np.random.Generator) -> tuple[st
     output, last.output[0] = last.output[0], "before_planted_shift"
     place = list(graph.node).index(last) + 1
     graph.node.insert(place, helper.make_node("Add", ["before_planted_shift", "planted_shift"], [output]))
-    return "vae_decoder", f"{'red green blue'.split()[channel]} {sign * 0.5:+} grey levels"
+    return "vae_decoder", f"{COLOURS[channel]} {sign * 0.5:+} grey levels"
 
 
 def _draw(models: dict[str, Any], rng: np.random.Generator, kinds: tuple[str, ...]) -> tuple[str, Any, dict[str, str]]:

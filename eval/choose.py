@@ -139,9 +139,4 @@ def _speed(row: Row) -> float:
     return float(row["speedup"]["median"] if row["speedup"] else 1 / row["latency_ms"]["median"])
 
 
-def open_gates(row: Row) -> list[Row]:
-    """The gates of a row that did not pass."""
-    return [gate for gate in row["gates"] if gate["result"] != "pass"]
-
-
-__all__ = ["Gate", "choose", "figures", "harm", "judge_variant", "obstacle", "open_gates", "times"]
+__all__ = ["Gate", "choose", "figures", "harm", "judge_variant", "obstacle", "times"]

@@ -18,6 +18,7 @@ from ldm_deploy.eval.machine import machine, usable_threads
 from ldm_deploy.eval.measure import BASELINE, Measured, component_plan, measure
 from ldm_deploy.eval.regression import Stored, add_regression, check_comparable
 from ldm_deploy.eval.rows import add_comparisons, add_quality, add_refused, baseline_row, variant_row
+from ldm_deploy.eval.studies import read_studies
 
 PROTOCOL = {
     "batch": 1,
@@ -30,12 +31,22 @@ Record = dict[str, Any]
 
 
 class Evaluation(dict[str, Any]):
-    """The content of report.json. The images stay beside it for report.html: `images[name]` uint8 (n, H, W, 3)."""
+    """The content of report.json. What else report.html shows stays beside it.
 
-    def __init__(self, content: Mapping[str, Any], images: Mapping[str, np.ndarray], grid: Grid) -> None:
+    `images[name]` uint8 (n, H, W, 3) in the order of `grid`; `studies`: see `studies.read_studies`.
+    """
+
+    def __init__(
+        self,
+        content: Mapping[str, Any],
+        images: Mapping[str, np.ndarray],
+        grid: Grid,
+        studies: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__(content)
         self.images = dict(images)
         self.grid = grid
+        self.studies = dict(studies or {})
 
 
 def evaluate_bundle(
@@ -65,6 +76,7 @@ def evaluate_bundle(
     data = read_bundle(bundle).data
     if data["model"] is None:
         raise EvaluationError(f"bundle {bundle} holds single components and draws nothing; export a whole model")
+    studies = read_studies(bundle)
     grid = load_grid(prompts or data["model"].get("prompts", {}).get("report"), seeds)
     threads = threads or usable_threads()
     before = machine(threads)
@@ -105,7 +117,7 @@ def evaluate_bundle(
     }
     if against is not None:
         add_regression(content, against, budget, seed)
-    return Evaluation(content, found.images, grid)
+    return Evaluation(content, found.images, grid, studies)
 
 
 def judge(

@@ -42,8 +42,9 @@ class WorkerError(EvaluationError):
 class Worker:
     """A process that holds one variant, reference or engine. Use as a context manager; entering loads it.
 
-    `spec`: {"kind": "variant", "bundle", "variant"}, {"kind": "reference", "path"},
-    {"kind": "engine", "runtime": "onnxruntime", "path"} or {"kind": "factory", "file", "function"}.
+    `spec`: {"kind": "variant", "bundle", "variant"}, {"kind": "reference", "path"}, {"kind": "engine", "bundle",
+    "engine"}, {"kind": "engine", "runtime": "onnxruntime", "path"}, {"kind": "module", "path", "component",
+    "precision", "device", "compile"} (see `worker.open_module`) or {"kind": "factory", "file", "function"}.
     No call waits longer than `timeout_s`: `WorkerError` says what happened, and the process is ended.
     """
 

@@ -53,12 +53,12 @@ def component_plan(bundle: Mapping[str, Any], root: Path) -> dict[str, tuple[dic
                 probes = read_probes(root / "probes" / f"{component}.safetensors")
             except ParityError:
                 continue
-            plan[component] = (_feeds(component, probes), {})
+            plan[component] = (component_feeds(component, probes), {})
         plan[component][1][engine["id"]] = owners[engine["id"]]
     return plan
 
 
-def _feeds(component: str, probes: Sequence[Probe]) -> dict[str, np.ndarray]:
+def component_feeds(component: str, probes: Sequence[Probe]) -> dict[str, np.ndarray]:
     """What a component gets while one image is drawn: the first probe, which has the default size.
 
     The U-Net gets it twice: guidance asks for both predictions in one batch.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ OPTIONS = {
     "--ldm-reference": ("DIR", "the fp32 model that the bundle was made from (the shipped one)"),
 }
 RUNS = "runs"
+PLAN = pytest.StashKey[dict[str, list[str]]]()
 SHARED = pytest.StashKey[str]()  # on xdist's controller: a folder that its workers meet in
 RESULT = pytest.StashKey[Any]()
 
@@ -42,8 +43,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     given = [name for name in OPTIONS if _option(config, name) is not None]
-    if given and "--ldm-bundle" not in given:
+    if not given:
+        return
+    if "--ldm-bundle" not in given:
         raise pytest.UsageError(f"{given[0]} says how to judge a bundle; give one with --ldm-bundle DIR")
+    from ldm_deploy.errors import LdmDeployError
+
+    try:
+        config.stash[PLAN] = _planned(config)
+    except LdmDeployError as error:
+        raise pytest.UsageError(str(error)) from None
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -59,48 +68,43 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         shutil.rmtree(config.stash[SHARED], ignore_errors=True)
 
 
-@pytest.hookimpl(tryfirst=True)  # before -k and -m choose
-def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config, items: list[pytest.Item]) -> None:
-    if _option(config, "--ldm-bundle") is None:
-        return
-    from ldm_deploy.errors import LdmDeployError
-
-    try:
-        plan = list(_planned(config))
-    except LdmDeployError as error:
-        raise pytest.UsageError(str(error)) from None
-    for variant, gates in plan:
-        parent = VariantNode.from_parent(session, name=variant, nodeid=variant)
-        items.extend(GateItem.from_parent(parent, name=gate) for gate in gates)
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, Any, Any]:
+    """The variants come after the files and folders of the session."""
+    report = yield
+    if isinstance(collector, pytest.Session) and report.passed:
+        for variant in collector.config.stash.get(PLAN, {}):
+            report.result.append(VariantNode.from_parent(collector, name=variant, nodeid=variant))
+    return report
 
 
 class VariantNode(pytest.Collector):
-    """Gives the tests of one variant their common first name."""
+    """The gates of one variant."""
 
-    def collect(self) -> list[pytest.Item | pytest.Collector]:
-        return []
+    def collect(self) -> Iterator[pytest.Item]:
+        for gate in self.config.stash[PLAN][self.name]:
+            yield GateItem.from_parent(self, name=gate, variant=self.name)
 
 
 class GateItem(pytest.Item):
     """One gate of one variant."""
 
-    def setup(self) -> None:
-        self.row = next(row for row in evaluated(self.config)["variants"] if row["name"] == self.parent_name)
+    def __init__(self, *, variant: str, **rest: Any) -> None:
+        super().__init__(**rest)
+        self.variant = variant
 
-    @property
-    def parent_name(self) -> str:
-        assert self.parent is not None
-        return self.parent.name
+    def setup(self) -> None:
+        self.row = next(row for row in evaluated(self.config)["variants"] if row["name"] == self.variant)
 
     def runtest(self) -> None:
         if self.name == RUNS:
             if self.row["status"] != "ok":
-                pytest.fail(f"{self.parent_name}: {self.row['reason']}", pytrace=False)
+                pytest.fail(f"{self.variant}: {self.row['reason']}", pytrace=False)
             return
         gate = next((gate for gate in self.row["gates"] if gate["name"] == self.name), None)
         if gate is None:
-            pytest.skip(f"{self.parent_name} was not judged; refused: {self.row['refused']}")
-        text = f"{self.parent_name}: {gate['name']} {gate['limit_text']}: {gate['reason']}"
+            pytest.skip(f"{self.variant} was not judged; refused: {self.row['refused']}")
+        text = f"{self.variant}: {gate['name']} {gate['limit_text']}: {gate['reason']}"
         if gate["result"] == "fail":
             pytest.fail(text, pytrace=False)
         if gate["result"] == "not measured":
@@ -161,8 +165,8 @@ def _evaluation(config: pytest.Config) -> dict[str, Any]:
     )
 
 
-def _planned(config: pytest.Config) -> Iterator[tuple[str, list[str]]]:
-    """(variant, its gates) as an evaluation will have them, from the files alone."""
+def _planned(config: pytest.Config) -> dict[str, list[str]]:
+    """variant -> its gates, as an evaluation will have them, from the files alone."""
     from ldm_deploy.eval.budget import AGAINST, load_budget
     from ldm_deploy.runtime.bundle import read_bundle
 
@@ -170,12 +174,11 @@ def _planned(config: pytest.Config) -> Iterator[tuple[str, list[str]]]:
     bundle = read_bundle(_option(config, "--ldm-bundle"))
     stored = _stored(config)
     drawn = {} if stored is None else stored.drawn
-    for variant in bundle.variants:
-        against = [AGAINST[0], *budget.tolerances_for(variant).limits] if variant in drawn else []
-        yield variant, [RUNS, *budget.limits_for(variant).limits, *against]
+    plan = {variant: [RUNS, *budget.limits_for(variant).limits] for variant in bundle.variants}
     for variant in drawn:
-        if variant not in bundle.variants:
-            yield variant, [AGAINST[0]]
+        tolerances = budget.tolerances_for(variant).limits if variant in plan else ()
+        plan[variant] = [*plan.get(variant, ()), AGAINST[0], *tolerances]
+    return plan
 
 
 def _stored(config: pytest.Config) -> Stored | None:

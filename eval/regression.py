@@ -114,12 +114,14 @@ def add_regression(report: dict[str, Any], stored: Stored, budget: Budget, seed:
             found = compare_rows(stored.drawn[row["name"]], row, conditions, seed)
             gates = [_still_runs(row), *check_limits(budget.tolerances_for(row["name"]), found)]
             row["gates"] = [*row["gates"], *(gate.to_dict() for gate in gates)]
+    new = [name for name, row in there.items() if name not in stored.drawn and row["latency_ms"] is not None]
     report["against"] = {
         "path": str(stored.path),
         "digest": stored.digest,
         "created": stored.report["created"],
         **conditions,
-        "new": [name for name, row in there.items() if name not in stored.drawn and row["latency_ms"] is not None],
+        "note": conditions["note"] + (f"; not in it, so not judged: {', '.join(new)}" if new else ""),
+        "new": new,
     }
 
 

@@ -34,11 +34,13 @@ class Subject:
             self.pipeline = torch_pipeline(load_source(spec["path"]), threads)
         elif kind == "engine":
             self.single = _open_engine(spec, threads)
+        elif kind == "module":
+            self.single = open_module(spec, threads)
         elif kind == "factory":
             made = _call(spec["file"], spec["function"])
             self.pipeline, self.single = (None, made) if hasattr(made, "run") else (made, None)
         else:
-            raise ValueError(f"worker kind {kind!r} is unknown; allowed: variant, reference, engine, factory")
+            raise ValueError(f"worker kind {kind!r} is unknown; allowed: variant, reference, engine, module, factory")
 
     def engine(self, component: str | None) -> Any:
         if self.single is not None:
@@ -56,11 +58,34 @@ class Subject:
 
 
 def _open_engine(spec: dict[str, Any], threads: int) -> Any:
+    """An engine of a bundle, or an ONNX file."""
+    if "bundle" in spec:
+        from ldm_deploy.runtime.bundle import read_bundle
+        from ldm_deploy.runtime.engines import open_engine
+
+        bundle = read_bundle(spec["bundle"])
+        return open_engine(bundle.engines[spec["engine"]], bundle.root, threads=threads, spinning=False)
     if spec.get("runtime", "onnxruntime") != "onnxruntime":
         raise ValueError(f"runtime {spec['runtime']!r} is not built yet; there is: onnxruntime")
     from ldm_deploy.runtime.engines import OnnxRuntimeEngine
 
     return OnnxRuntimeEngine(Path(spec["path"]), threads=threads, spinning=False)
+
+
+def open_module(spec: dict[str, Any], threads: int | None = None) -> Any:
+    """A component of a source in torch itself. `spec`: "path", "component", "precision", "device", "compile".
+
+    TF32, which cuDNN takes unasked, is off.
+    """
+    import torch
+
+    from ldm_deploy.models.sources import load_source
+    from ldm_deploy.models.torch_engine import torch_engines
+
+    torch.backends.cudnn.allow_tf32 = False
+    engine = torch_engines(load_source(spec["path"]), threads)[spec["component"]]
+    engine.to(spec["device"], spec["precision"], compiled=spec["compile"])
+    return engine
 
 
 def _call(file: str, function: str) -> Any:

@@ -9,8 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm_deploy.errors import ConfigError, EngineError, ExportError, StageMissingError
-from ldm_deploy.export.targets import TARGETS, Built, Target
+from ldm_deploy.errors import ConfigError, EngineError, ExportError
+from ldm_deploy.export.targets import Built, Target, choose_target
 from ldm_deploy.export.to_onnx import component_axes
 from ldm_deploy.export.traced import Ranges, Traced, read_module
 from ldm_deploy.runtime.bundle import EngineRecord
@@ -29,6 +29,7 @@ def export_source(
     *,
     variants: Sequence[tuple[str, str]] = (("fp32", "onnxruntime-cpu"),),
     components: Sequence[str] | None = None,
+    options: Sequence[str] = (),
     seed: int = 0,
     threads: int | None = None,
     cache: Cache | None = None,
@@ -39,19 +40,20 @@ def export_source(
     compared with torch on real inputs at several batch sizes and resolutions; the inputs stay in the bundle under
     `probes/`, so that engines made from it later are judged on the same. What the first variant lacks raises
     (`ExportError`, `ParityError`); of the others it is in the bundle's `refused`, with the reason. `components`: only
-    these (all); such a bundle holds no variant. `out` appears when complete. With a `cache`, what was exported before
-    of the same bytes with the same options is taken from there, before the source is loaded.
+    these (all); such a bundle holds no variant. `options`: of the target, see `to_tensorrt.read_options`. `out` appears
+    when complete. With a `cache`, what was exported before of the same bytes with the same options is taken from there,
+    before the source is loaded.
     """
     from ldm_deploy.models.sources import resolve_source, source_digest
 
-    chosen = [(precision, choose_target(target, precision)) for precision, target in variants]
+    chosen = [(precision, choose_target(target, precision, options)) for precision, target in variants]
     path = resolve_source(source)
     digest = source_digest(path)
     return through_cache(
         cache,
         out,
-        " ".join([str(source), *(components or ()), *(f"{precision}-{target.name}" for precision, target in chosen)]),
-        {"source": digest, "variants": variants, "components": components, "seed": seed},
+        " ".join([str(source), *(components or ()), *("-".join(variant) for variant in variants), *options]),
+        {"source": digest, "variants": variants, "components": components, "options": options, "seed": seed},
         lambda directory: _export(path, digest, directory, chosen, components, seed, threads),
         threads=threads,
     )
@@ -139,18 +141,6 @@ def _export(
                 "refused": refused,
             },
         )
-
-
-def choose_target(name: str, precision: str) -> Target:
-    """Raises `StageMissingError` for a target or a precision of it that is not built."""
-    if name not in TARGETS:
-        raise StageMissingError(f"target {name!r} is not built yet; there is: {', '.join(TARGETS)}")
-    target = TARGETS[name]
-    if precision not in target.precisions:
-        raise StageMissingError(
-            f"precision {precision!r} is not built for {name}; there is: {', '.join(target.precisions)}"
-        )
-    return target
 
 
 def build_engine(

@@ -7,7 +7,7 @@ import importlib
 import inspect
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +33,7 @@ def export_function(
     *,
     precision: str = "fp32",
     target: str = "onnxruntime-cpu",
+    options: Sequence[str] = (),
     threads: int | None = None,
     cache: Cache | None = None,
 ) -> Bundle:
@@ -44,10 +45,11 @@ def export_function(
     holds the engine and its probes and no variant. Raises `ConfigError` for what is not as described, and otherwise as
     `export_source`.
     """
-    from ldm_deploy.export.export import choose_target, through_cache
+    from ldm_deploy.export.export import through_cache
     from ldm_deploy.export.module_digest import array_digest, module_digest
+    from ldm_deploy.export.targets import choose_target
 
-    chosen = choose_target(target, precision)
+    chosen = choose_target(target, precision, options)
     made = [call_function(source)]
     module, inputs, axes = made[0]
     digest = module_digest(module)
@@ -56,7 +58,7 @@ def export_function(
     return through_cache(
         cache,
         out,
-        f"{source} {component}-{precision}-{target}",
+        " ".join([f"{source} {component}-{precision}-{target}", *options]),
         {
             "module": digest,
             "inputs": examples,
@@ -64,6 +66,7 @@ def export_function(
             "component": component,
             "precision": precision,
             "target": target,
+            "options": options,
         },
         lambda directory: _export(source, digest, made, directory, component, precision, chosen, threads),
         threads=threads,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ldm_deploy.errors import ConfigError, StageMissingError
 from ldm_deploy.export.traced import Traced, largest, proven_shapes
 
 
@@ -57,16 +59,22 @@ def _to_openvino(traced: Traced, precision: str, stem: Path) -> Built:
     return Built(to_openvino(traced.graph(precision), stem.with_name(f"{stem.name}.xml")))
 
 
-def _to_tensorrt(traced: Traced, precision: str, stem: Path) -> Built:
+def _to_tensorrt(traced: Traced, precision: str, stem: Path, words: Sequence[str] = ()) -> Built:
     from ldm_deploy.export.tensorrt_rules import check_graph
-    from ldm_deploy.export.to_tensorrt import to_tensorrt
+    from ldm_deploy.export.to_tensorrt import read_options, to_tensorrt
     from ldm_deploy.onnx_graph import load_model
 
     onnx = traced.graph(precision)
     check_graph(load_model(onnx), onnx.stem)
     plan = stem.with_name(f"{stem.name}.plan")
-    found = to_tensorrt(onnx, plan, proven_shapes(traced.probes))
-    return Built([plan], **found)
+    options = read_options(words)
+    found = to_tensorrt(onnx, plan, proven_shapes(traced.probes), options)
+    files = [plan]
+    if options.strip_plan:  # the weights come from the graph when the plan is loaded
+        for file in (onnx, onnx.with_name(f"{onnx.name}.data")):
+            if file.exists():
+                files.append(Path(shutil.copyfile(file, plan.with_name(file.name))))
+    return Built(files, **found)
 
 
 def _to_torch_tensorrt(traced: Traced, precision: str, stem: Path) -> Built:
@@ -123,3 +131,23 @@ _TORCH_TENSORRT = Target(
 # The compiler is run on a CPU by tests; on a GPU it was not yet.
 _AOTI = Target("aoti", "cuda", ">=2.11", ("torch",), _ALL, _to_aoti, from_module=True)
 TARGETS = {target.name: target for target in (_ORT, _OPENVINO, _ORT_CUDA, _TENSORRT, _TORCH_TENSORRT, _AOTI)}
+
+
+def choose_target(name: str, precision: str, options: Sequence[str] = ()) -> Target:
+    """The target, with what it is told about building. Raises `StageMissingError` for a target or a precision of it
+    that is not built, `ConfigError` for an option it does not have."""
+    if name not in TARGETS:
+        raise StageMissingError(f"target {name!r} is not built yet; there is: {', '.join(TARGETS)}")
+    target = TARGETS[name]
+    if precision not in target.precisions:
+        raise StageMissingError(
+            f"precision {precision!r} is not built for {name}; there is: {', '.join(target.precisions)}"
+        )
+    if not options:
+        return target
+    if target is not _TENSORRT:
+        raise ConfigError(f"option {options[0]!r} is for tensorrt-cuda; {name} has none: leave it out")
+    from ldm_deploy.export.to_tensorrt import read_options
+
+    read_options(options)
+    return replace(target, build=lambda traced, precision, stem: _to_tensorrt(traced, precision, stem, options))

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldm_deploy.errors import ExportError
+from ldm_deploy.errors import ConfigError, ExportError
 from ldm_deploy.export.traced import Shapes
 
 OLDEST = (10, 13)
@@ -37,6 +37,25 @@ class TensorRtOptions:
     strip_plan: bool = False
     version_compatible: bool = False
     hardware_compatible: bool = False
+
+
+def read_options(words: Sequence[str]) -> TensorRtOptions:
+    """Options as they are typed: "refit", "strip-plan", "version-compatible", "hardware-compatible",
+    "workspace=2GB". The timing cache lies in the user's cache. Raises `ConfigError`."""
+    from ldm_deploy.cache import parse_size, user_cache
+
+    switches = {"refit", "strip-plan", "version-compatible", "hardware-compatible"}
+    chosen: dict[str, Any] = {}
+    for word in words:
+        name, equals, size = word.partition("=")
+        if name == "workspace" and equals and (workspace := parse_size(size)) is not None:
+            chosen["workspace_bytes"] = workspace
+        elif word in switches:
+            chosen[word.replace("-", "_")] = True
+        else:
+            raise ConfigError(f"option {word!r} is unknown; TensorRT has {', '.join(sorted(switches))}, workspace=2GB")
+    folder = user_cache().compiled("tensorrt")
+    return TensorRtOptions(timing_cache=None if folder is None else folder / "timings", **chosen)
 
 
 def to_tensorrt(onnx: Path, plan: Path, shapes: Shapes, options: TensorRtOptions | None = None) -> dict[str, Any]:
@@ -70,7 +89,7 @@ def to_tensorrt(onnx: Path, plan: Path, shapes: Shapes, options: TensorRtOptions
         from ldm_deploy.artifact import atomic_write_bytes
 
         atomic_write_bytes(options.timing_cache, bytes(cache.serialize()))
-    return {"precision_found": inspect_precision(trt, log, bytes(built)), "built_for": built_for(options)}
+    return {"precision_found": inspect_precision(trt, log, bytes(built)), "built_for": built_for(shapes, options)}
 
 
 def import_tensorrt() -> Any:
@@ -87,8 +106,8 @@ def import_tensorrt() -> Any:
     return tensorrt
 
 
-def built_for(options: TensorRtOptions) -> dict[str, Any]:
-    """What an engine needs of the machine that loads it."""
+def built_for(shapes: Shapes, options: TensorRtOptions) -> dict[str, Any]:
+    """What an engine needs of the machine that loads it, and the sizes it takes."""
     from ldm_deploy.runtime.cuda import device_properties
 
     tensorrt = import_tensorrt()
@@ -97,6 +116,7 @@ def built_for(options: TensorRtOptions) -> dict[str, Any]:
         **device_properties(),
         "version_compatible": options.version_compatible,
         "hardware_compatible": options.hardware_compatible,
+        "shapes": {name: [list(sizes) for sizes in given] for name, given in shapes.items()},
     }
 
 

@@ -11,9 +11,9 @@ import numpy as np
 
 from ldm_deploy.errors import ParityError, StageMissingError
 from ldm_deploy.eval.parity import Probe, check_parity, write_probes
-from ldm_deploy.export.export import choose_target, describe_model, provenance, through_cache, value_ranges
+from ldm_deploy.export.export import describe_model, provenance, through_cache, value_ranges
 from ldm_deploy.export.probes import make_probes
-from ldm_deploy.export.targets import TARGETS, Target
+from ldm_deploy.export.targets import TARGETS, Target, choose_target
 from ldm_deploy.export.to_onnx import component_axes
 from ldm_deploy.export.to_single_graph import PARTS, to_single_graph
 from ldm_deploy.export.traced import Traced
@@ -34,6 +34,7 @@ def export_pipeline(
     target: str = "onnxruntime-cpu",
     sampler: str | None = None,
     steps: int | None = None,
+    options: Sequence[str] = (),
     seed: int = 0,
     threads: int | None = None,
     cache: Cache | None = None,
@@ -45,18 +46,18 @@ def export_pipeline(
     """
     from ldm_deploy.models.sources import resolve_source, source_digest
 
-    chosen = choose_target(target, precision)
+    chosen = choose_target(target, precision, options)
     if chosen.from_module:
         there = ", ".join(name for name, entry in TARGETS.items() if not entry.from_module)
         raise StageMissingError(f"component pipeline is not built for {target}, which has no loop; there is: {there}")
     path = resolve_source(source)
     digest = source_digest(path)
-    options = {"pipeline": precision, "target": target, "sampler": sampler, "steps": steps, "seed": seed}
+    asked = {"pipeline": precision, "target": target, "sampler": sampler, "steps": steps, "seed": seed}
     return through_cache(
         cache,
         out,
-        f"{source} pipeline-{precision}-{target}",
-        {"source": digest, **options},
+        " ".join([f"{source} pipeline-{precision}-{target}", *options]),
+        {"source": digest, "options": options, **asked},
         lambda directory: _export(path, digest, directory, precision, chosen, sampler, steps, seed, threads),
         threads=threads,
     )

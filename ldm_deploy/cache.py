@@ -30,6 +30,7 @@ from ldm_deploy.progress import note
 
 RECEIPT = "receipt.json"
 CONTENT = "content"
+COMPILED = "compiled"  # what runtimes compiled, a folder for each: they name the files and check whom they fit
 LIMIT_BYTES = 20 * 10**9
 LARGE_BYTES = 10**6
 UNITS = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -98,7 +99,29 @@ class Cache:
         for path in list(self.root.iterdir()) if self.root.is_dir() else ():
             if _is_ours(path):
                 shutil.rmtree(path)
+        freed += self.compiled_bytes()
+        shutil.rmtree(self.root / COMPILED, ignore_errors=True)
         return freed
+
+    def compiled(self, runtime: str) -> Path | None:
+        """The folder in which a runtime keeps the models it compiled; None where nothing may be kept or written.
+
+        It is trimmed to a quarter of the limit first; the files unused for longest go.
+        """
+        folder, total = self.root / COMPILED / runtime, 0
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            kept = sorted(folder.iterdir(), key=lambda path: -max(path.stat().st_atime, path.stat().st_mtime))
+            for path in kept:
+                total += path.stat().st_size
+                if total > self.limit_bytes // 4:
+                    path.unlink()
+        except OSError:  # another process was faster, or the place is read-only
+            return folder if os.access(folder, os.W_OK) else None
+        return folder if self.limit_bytes and os.access(folder, os.W_OK) else None
+
+    def compiled_bytes(self) -> int:
+        return sum(size for size, _ in _files(self.root / COMPILED).values())
 
     def _is_whole(self, entry: Path) -> bool:
         """Every file as the receipt has it. Where size and time of change are those of then, the bytes are not read:
@@ -149,12 +172,18 @@ def user_cache() -> Cache:
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     root = Path(os.environ.get("LDM_DEPLOY_CACHE") or Path(home) / "ldm-deploy")
     text = os.environ.get("LDM_DEPLOY_CACHE_LIMIT", "")
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(|kB|MB|GB|TB)", text)
-    if text and match is None:
+    limit = parse_size(text) if text else LIMIT_BYTES
+    if limit is None:
         raise ConfigError(
             f"LDM_DEPLOY_CACHE_LIMIT is {text!r}; give a number of bytes, as 5GB (kB, MB, GB, TB; 0 keeps nothing)"
         )
-    return Cache(root, LIMIT_BYTES if match is None else int(float(match[1]) * UNITS[match[2]]))
+    return Cache(root, limit)
+
+
+def parse_size(text: str) -> int | None:
+    """Bytes of "5GB", "1.5 MB" or "1000"; None for what is no size."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(|kB|MB|GB|TB)", text)
+    return None if match is None else int(float(match[1]) * UNITS[match[2]])
 
 
 def made_with(threads: int | None, machine: str) -> dict[str, Any]:
@@ -168,7 +197,9 @@ def show_cache(cache: Cache) -> dict[str, Any]:
     for entry in entries:
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
         print(f"{entry.root.name[:12]}  {entry.size_bytes / 1e6:10.2f} MB  used {used}  {entry.about}")
-    total = sum(entry.size_bytes for entry in entries)
+    total, compiled = sum(entry.size_bytes for entry in entries), cache.compiled_bytes()
+    if compiled:
+        print(f"compiled by runtimes: {compiled / 1e6:.2f} MB")
     print(
         f"{cache.root}: {len(entries)} exports, {total / 1e6:.2f} MB of {cache.limit_bytes / 1e6:.0f} MB "
         "(LDM_DEPLOY_CACHE_LIMIT); `ldm-deploy cache --clear` removes them"
@@ -178,6 +209,7 @@ def show_cache(cache: Cache) -> dict[str, Any]:
         "directory": str(cache.root),
         "limit_bytes": cache.limit_bytes,
         "size_bytes": total,
+        "compiled_bytes": compiled,
         "entries": [
             {"key": entry.root.name, "about": entry.about, "size_bytes": entry.size_bytes, "used_unix_s": entry.used}
             for entry in entries

@@ -136,11 +136,23 @@ def export(
     component: Component = None,
     sampler: Annotated[str | None, Option("--sampler", metavar="S", help="Of the component pipeline.")] = None,
     steps: Annotated[int | None, Option("--steps", metavar="N", help="Of the component pipeline.")] = None,
+    option: Annotated[list[str] | None, Option("--option", metavar="O", help="Of TensorRT: refit, …")] = None,
+    layout: Annotated[str, Option("--layout", metavar="L", help="bundle, or optimum's folders.")] = "bundle",
     json: Json = None, seed: Seed = 0, threads: Threads = None, quiet: Quiet = False,
 ) -> Result:  # fmt: skip
     """Turn a model into engines checked against torch."""
-    commands.check_words(precisions=[precision], targets=[target], components=component)
+    commands.check_words(precisions=[precision], targets=[target], components=component, layouts=[layout])
     from ldm_deploy.cache import user_cache
+
+    if layout == "optimum":
+        if component or commands.is_function(source):
+            raise ConfigError("--layout optimum is for a whole model; leave --component out, or --layout")
+        from ldm_deploy.export.to_optimum import export_optimum
+
+        return export_optimum(
+            source, out, precision=precision, target=target, options=option or (), seed=seed, threads=threads,
+            cache=user_cache(),
+        ), 0  # fmt: skip
 
     if commands.is_function(source):
         if component is None or len(component) != 1:
@@ -149,8 +161,9 @@ def export(
         from ldm_deploy.export.foreign import export_function
 
         export_function(
-            source, component[0], out, precision=precision, target=target, threads=threads, cache=user_cache()
-        )
+            source, component[0], out, precision=precision, target=target, options=option or (), threads=threads,
+            cache=user_cache(),
+        )  # fmt: skip
         return commands.read_json(out / "bundle.json"), 0
     if "pipeline" in (component or ()):
         if component != ["pipeline"]:
@@ -158,18 +171,18 @@ def export(
         from ldm_deploy.export.whole import export_pipeline
 
         export_pipeline(
-            source, out, precision=precision, target=target, sampler=sampler, steps=steps, seed=seed, threads=threads,
-            cache=user_cache(),
+            source, out, precision=precision, target=target, sampler=sampler, steps=steps, options=option or (),
+            seed=seed, threads=threads, cache=user_cache(),
         )  # fmt: skip
         return commands.read_json(out / "bundle.json"), 0
     if sampler is not None or steps is not None:
         raise ConfigError("--sampler and --steps are fixed in the component pipeline only; give --component pipeline")
     from ldm_deploy.export.export import export_source
 
-    variants = [(precision, target)]
     export_source(
-        source, out, variants=variants, components=component or None, seed=seed, threads=threads, cache=user_cache()
-    )
+        source, out, variants=[(precision, target)], components=component or None, options=option or (), seed=seed,
+        threads=threads, cache=user_cache(),
+    )  # fmt: skip
     return commands.read_json(out / "bundle.json"), 0
 
 

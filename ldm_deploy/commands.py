@@ -21,6 +21,7 @@ TARGETS = (
 )
 COMPONENTS = ("text_encoder", "unet", "vae_encoder", "vae_decoder", "pipeline")
 PRECISIONS = ("fp32", "fp16", "bf16")
+LAYOUTS = ("bundle", "optimum")
 IMAGE_FORMATS = {".png": "PNG", ".bmp": "BMP"}
 
 
@@ -28,12 +29,14 @@ def check_words(
     targets: list[str] | None = None,
     components: list[str] | None = None,
     precisions: list[str] | None = None,
+    layouts: list[str] | None = None,
 ) -> None:
     """Raises `ConfigError` for a word nobody knows."""
     for kind, given, known in (
         ("target", targets, TARGETS),
         ("component", components, COMPONENTS),
         ("precision", precisions, PRECISIONS),
+        ("layout", layouts, LAYOUTS),
     ):
         for word in given or ():
             if word not in known:

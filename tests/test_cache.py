@@ -223,3 +223,23 @@ def test_command_shows_and_clears(ldm_deploy_cli, monkeypatch, tmp_path):
     ran = ldm_deploy_cli("cache", "--clear")
     assert "freed 1.00 MB" in ran.out
     assert "0 exports" in ran.out
+
+
+def test_what_runtimes_compile_is_kept_within_a_quarter_of_the_limit(tmp_path):
+    cache = Cache(tmp_path / "cache", limit_bytes=400)
+    folder = cache.compiled("openvino")
+    assert folder is not None
+    for age, name in enumerate(["newest", "newer", "oldest"]):
+        (folder / name).write_bytes(bytes(45))
+        os.utime(folder / name, (1000 - age, 1000 - age))
+    assert cache.compiled("openvino") == folder
+    assert sorted(path.name for path in folder.iterdir()) == ["newer", "newest"]
+    assert cache.compiled_bytes() == 90
+    assert cache.clear() == 90
+    assert not folder.exists()
+    assert Cache(tmp_path / "cache", limit_bytes=0).compiled("openvino") is None
+
+
+def test_a_place_that_cannot_be_written_costs_the_reuse_only(tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    assert Cache(tmp_path / "cache").compiled("openvino") is None

@@ -96,9 +96,26 @@ def test_an_old_python_is_refused_in_one_line(clone: Path) -> None:
     assert calls(clone) == []
 
 
-@pytest.mark.parametrize("target", ["distill", "gpu-report"])
-def test_a_stage_that_is_not_built_says_so_and_fails(clone: Path, target: str) -> None:
-    done = make(clone, target)
+def test_the_gpu_report_needs_no_set_up_and_takes_it_where_it_is(clone: Path) -> None:
+    """A machine with a GPU may have no network."""
+    assert make(clone, "gpu-report").returncode == 0
+    assert calls(clone) == ["python benchmarks/gpu_report.py"]
+    make(clone, "setup")
+    (clone / "python").write_text("#!/usr/bin/env bash\nexit 1\n")
+    assert make(clone, "gpu-report").returncode == 0
+
+
+def test_bench_is_the_bundle_and_what_stands_beside_its_peers(clone: Path) -> None:
+    make(clone, "setup")
+    calls(clone)
+    assert make(clone, "bench").returncode == 0
+    assert calls(clone) == [
+        "ldm-deploy bench build/reference", "python benchmarks/export_unet.py", "python benchmarks/unet_int8.py",
+    ]  # fmt: skip
+
+
+def test_a_stage_that_is_not_built_says_so_and_fails(clone: Path) -> None:
+    done = make(clone, "distill")
     assert done.returncode != 0
     assert "not built yet; there is: make export" in done.stderr.splitlines()[0]
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,11 +21,23 @@ class TorchEngine:
     """One component in eager fp32. `run` takes and returns numpy arrays by the names of its signature."""
 
     def __init__(self, name: str, module: nn.Module, signature: Signature | None = None) -> None:
+        import torch
+
         from ldm_deploy.models.components import SIGNATURES
 
         self.name = name
         self.module = module
+        self.dtype = torch.float32
+        self.call: Callable[..., Any] = module
         self.input_names, self.output_names = signature or SIGNATURES[name]
+
+    def to(self, device: str, precision: str, *, compiled: bool = False) -> None:
+        """Move the module, as it is: nothing is kept wider. What goes in and comes out stays fp32."""
+        import torch
+
+        self.dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+        self.module = self.module.to(device, self.dtype)
+        self.call = torch.compile(self.module) if compiled else self.module
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Raises `EngineError` if an input is missing."""
@@ -36,11 +48,12 @@ class TorchEngine:
             raise EngineError(f"{self.name} needs the input {missing[0]!r}; given: {', '.join(feeds)}")
         device = next(self.module.parameters()).device
         with torch.inference_mode():
-            inputs = (torch.from_numpy(np.ascontiguousarray(feeds[name])).to(device) for name in self.input_names)
-            outputs = self.module(*inputs)
+            inputs = [torch.from_numpy(np.ascontiguousarray(feeds[name])).to(device) for name in self.input_names]
+            outputs = self.call(*(value.to(self.dtype) if value.is_floating_point() else value for value in inputs))
         if not isinstance(outputs, tuple):
             outputs = (outputs,)
-        return {name: output.cpu().numpy() for name, output in zip(self.output_names, outputs, strict=True)}
+        found = (value.float() if value.is_floating_point() else value for value in outputs)
+        return {name: value.cpu().numpy() for name, value in zip(self.output_names, found, strict=True)}
 
 
 def torch_engines(source: Source, threads: int | None = None) -> dict[str, TorchEngine]:

@@ -13,8 +13,8 @@ import numpy as np
 from ldm_deploy.errors import EngineError
 
 # What an engine of a precision computes in where it is not told otherwise node by node. Left alone, OpenVINO runs an
-# fp32 graph in bf16 on a CPU that has it.
-HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
+# fp32 graph in bf16 on a CPU that has it. In int8 it is the graph's Q/DQ that says which nodes are.
+HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "f32"}
 NEEDS = {"f32": "FP32", "bf16": "BF16", "f16": "FP16"}
 ARITHMETIC = frozenset({"Convolution", "GroupConvolution", "Deconvolution", "FullyConnected", "MatMul"})
 NAMES = {"f32": "fp32", "bf16": "bf16", "f16": "fp16", "i8": "int8", "u8": "int8"}
@@ -23,11 +23,14 @@ NAMES = {"f32": "fp32", "bf16": "bf16", "f16": "fp16", "i8": "int8", "u8": "int8
 class OpenVinoEngine:
     """`<name>.xml` with its weights beside it. `threads` None leaves the number to OpenVINO.
 
+    What OpenVINO compiled for this CPU is kept in the folder `compiled` and taken from there the next time.
     Raises `EngineError` if the file cannot be compiled, the CPU lacks the precision, or what was compiled does not
     compute in it.
     """
 
-    def __init__(self, path: Path, *, precision: str = "fp32", threads: int | None = None) -> None:
+    def __init__(
+        self, path: Path, *, precision: str = "fp32", threads: int | None = None, compiled: Path | None = None
+    ) -> None:
         import openvino
 
         self.path = Path(path)
@@ -46,11 +49,14 @@ class OpenVinoEngine:
         }
         if threads is not None:
             options["INFERENCE_NUM_THREADS"] = threads
+        if compiled is not None:
+            options["CACHE_DIR"] = str(compiled)
         try:
             self._compiled = core.compile_model(str(path), "CPU", options)
         except RuntimeError as error:
             raise EngineError(f"OpenVINO cannot open {path}: {_reason(error)}; build the engine again") from None
         self.precision = precision
+        self.from_cache = bool(self._compiled.get_property("LOADED_FROM_CACHE"))
         self.outputs = [output.any_name for output in self._compiled.outputs]
         self._local = threading.local()
         asked = self._compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()

@@ -141,9 +141,11 @@ def open_engine(record: EngineRecord, root: Path, *, threads: int | None = None,
     check_supported(record)
     path = root / record.files[0]
     if record.runtime == "openvino":
+        from ldm_deploy.cache import user_cache
         from ldm_deploy.runtime.engine_openvino import OpenVinoEngine
 
-        return OpenVinoEngine(path, precision=record.precision, threads=threads)
+        compiled = user_cache().compiled("openvino")
+        return OpenVinoEngine(path, precision=record.precision, threads=threads, compiled=compiled)
     if record.runtime == "tensorrt":
         from ldm_deploy.runtime.engine_tensorrt import TensorRtEngine
 

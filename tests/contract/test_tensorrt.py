@@ -19,12 +19,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ldm_deploy.errors import EngineError, ExportError
+from ldm_deploy.cache import user_cache
+from ldm_deploy.errors import ConfigError, EngineError, ExportError
+from ldm_deploy.eval.parity import Probe
 from ldm_deploy.export import to_tensorrt as module
+from ldm_deploy.export.targets import choose_target
 from ldm_deploy.export.to_tensorrt import TensorRtOptions, count_precisions, to_tensorrt
+from ldm_deploy.export.traced import Traced
 from ldm_deploy.runtime import engine_tensorrt
 from ldm_deploy.runtime.engine_tensorrt import TensorRtEngine, check_built_for
 from tests.contract.simulated import simulate
+from tests.tiny_bundle import tiny_models
 
 VERSIONS = {"10.13": "10.13.3.9", "11.4": "11.4.0.106"}
 FUNCTIONS = (
@@ -104,7 +109,8 @@ def test_a_build_uses_what_is_there(
     found = build(tmp_path, options)
     assert found["precision_found"] == {"fp16": 2}
     assert found["built_for"] == {
-        "tensorrt": description["version"], **HERE, "version_compatible": True, "hardware_compatible": True
+        "tensorrt": description["version"], **HERE, "version_compatible": True, "hardware_compatible": True,
+        "shapes": {"sample": [[1, 4, 8, 8], [2, 4, 16, 16], [4, 4, 32, 32]]},
     }  # fmt: skip
     assert (tmp_path / "unet.plan").read_bytes() == b"plan"
     assert cache.read_bytes() == b"timings"
@@ -115,6 +121,44 @@ def test_a_build_uses_what_is_there(
     assert calls["IOptimizationProfile.set_shape"] == ("sample", *SHAPES["sample"])
     flags = [arguments[0].name for name, arguments in trt.calls if name == "IBuilderConfig.set_flag"]
     assert flags == ["REFIT", "STRIP_PLAN", "VERSION_COMPATIBLE"]
+
+
+def test_options_are_typed_as_words(
+    monkeypatch: pytest.MonkeyPatch, description: dict[str, Any], tmp_path: Path
+) -> None:
+    """From the words of the command line to the files of an engine: a stripped plan has its weights beside it."""
+    trt = install(monkeypatch, description)
+    folder = tmp_path / "traced"
+    folder.mkdir()
+    (folder / "unet-fp32.onnx").write_bytes(tiny_models()["unet"].SerializeToString())
+    traced = Traced(
+        None, [Probe({"sample": np.zeros((2, 4, 8, 8), np.float32)}, {})], ({}, {}), "unet", {}, folder,
+        {"fp32": folder / "unet-fp32.onnx"},
+    )  # fmt: skip
+    (tmp_path / "engines").mkdir()
+    target = choose_target("tensorrt-cuda", "fp32", ["strip-plan", "refit", "workspace=1.5GB"])
+    built = target.build(traced, "fp32", tmp_path / "engines" / "unet-fp32")
+    assert [file.name for file in built.files] == ["unet-fp32.plan", "unet-fp32.onnx"]
+    assert built.files[1].read_bytes() == (folder / "unet-fp32.onnx").read_bytes()
+    flags = {arguments[0].name for name, arguments in trt.calls if name == "IBuilderConfig.set_flag"}
+    assert flags == {"REFIT", "STRIP_PLAN"}
+    pools = [arguments for name, arguments in trt.calls if name == "IBuilderConfig.set_memory_pool_limit"]
+    assert pools == [(trt.MemoryPoolType.WORKSPACE, 1_500_000_000)]
+    timings = user_cache().compiled("tensorrt")
+    assert timings is not None
+    assert (timings / "timings").read_bytes() == b"timings"
+
+
+def test_an_option_that_is_not_there_is_refused() -> None:
+    for words, message in (
+        (["refits"], "option 'refits' is unknown; TensorRT has hardware-compatible, refit, strip-plan"),
+        (["workspace=lots"], "option 'workspace=lots' is unknown"),
+        (["workspace"], "option 'workspace' is unknown"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            choose_target("tensorrt-cuda", "fp32", words)
+    with pytest.raises(ConfigError, match="option 'refit' is for tensorrt-cuda; openvino-cpu has none"):
+        choose_target("openvino-cpu", "fp32", ["refit"])
 
 
 def test_what_the_parser_refuses_is_named(

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -11,30 +10,11 @@ import jsonschema
 import pytest
 
 from ldm_deploy.eval.measure import BASELINE
-from ldm_deploy.eval.report import exit_code, print_table, schema, to_html, to_junit, to_markdown, write_report
+from ldm_deploy.eval.page import to_html
+from ldm_deploy.eval.report import exit_code, print_table, schema, to_junit, to_markdown, write_report
+from tests.eval.states import STATES, prepare
 
 FP32, INT8 = "fp32-onnxruntime-cpu", "int8-onnxruntime-cpu"
-REFUSED = {
-    "name": "unet-int8-openvino-cpu", "component": "unet", "runtime": "openvino", "device": "cpu", "precision": "int8",
-    "reason": "not faster", "parity": {"relative_error": None, "limit": 0.1, "passed": False}, "speedup": None,
-    "costly_ops": [{"op": "QLinearSoftmax", "ms": 1.5, "share": 0.4}],
-}  # fmt: skip
-
-
-def prepare(case: Any, state: str) -> Any:
-    """The report in one of the states a reader can meet."""
-    if state == "refused":
-        case.data["refused"] = [REFUSED]
-    elif state == "variant failed":
-        case.lose(INT8, "its worker died")
-    elif state == "baseline failed":
-        case.lose(BASELINE, "its worker died")
-    elif state == "empty":
-        case.data["variants"] = []
-    return case.report()
-
-
-STATES = ["all well", "refused", "variant failed", "baseline failed", "empty"]
 
 
 @pytest.mark.parametrize("state", STATES)
@@ -77,76 +57,6 @@ def test_the_schema_itself_is_valid_and_refuses_what_the_contract_forbids(case: 
         assert list(validator.iter_errors(report)), "a damaged report was accepted"
 
 
-class Page(HTMLParser):
-    """Collects tags, and checks that they nest."""
-
-    VOID = ("meta", "img", "br", "link", "input", "hr")
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.text = ""
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attributes)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open, f"</{tag}> closes nothing"
-        assert self.open.pop() == tag, f"</{tag}> closes another"
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-
-@pytest.mark.parametrize("state", STATES)
-def test_the_page_is_whole_and_needs_no_network(case: Any, state: str) -> None:
-    text = to_html(prepare(case, state))
-    page = Page(text)
-    assert page.open == []
-    assert "http" not in text.replace('http-equiv="', "")
-    for tag, attributes in page.tags:
-        assert tag not in ("script", "link", "iframe")
-        for name in ("src", "href"):
-            assert (attributes.get(name) or "data:").startswith("data:")
-    assert any(tag == "meta" and attributes.get("name") == "viewport" for tag, attributes in page.tags)
-
-
-def test_the_page_shows_the_choice_first_then_every_gate_and_every_image(case: Any) -> None:
-    result = case.report()
-    page = Page(to_html(result))
-    first = page.text.index(f"Chosen: {INT8}")
-    assert first < page.text.index("All variants") < page.text.index("Gates") < page.text.index("Conditions")
-    images = [attributes for tag, attributes in page.tags if tag == "img"]
-    assert len(images) == 4 * 3
-    assert images[0]["alt"] == f"red apple, seed 0, drawn by {BASELINE}"
-    for row in result["variants"]:
-        for gate in row["gates"]:
-            assert gate["name"] in page.text
-            if gate["reason"]:
-                assert gate["reason"] in page.text
-    assert result["machine"]["cpu"] in page.text
-    assert "<b>sun</b> & co, seed 1" in page.text  # as text, not as markup
-    assert "b" not in {tag for tag, _ in page.tags}
-
-
-def test_the_images_in_the_page_are_the_images(case: Any) -> None:
-    import base64
-    import io
-
-    import numpy as np
-    from PIL import Image
-
-    result = case.report()
-    uris = [attributes["src"] for tag, attributes in Page(to_html(result)).tags if tag == "img"]
-    content = base64.b64decode(str(uris[5]).partition(",")[2])
-    with Image.open(io.BytesIO(content)) as image:
-        np.testing.assert_array_equal(np.asarray(image), result.images[INT8][1])
-
-
 def test_junit_has_a_test_per_gate_and_tells_failures_from_what_was_not_measured(case: Any) -> None:
     case.found.latency_ms[INT8] = [2 * value for value in case.found.latency_ms[BASELINE]]
     result = case.report()
@@ -173,7 +83,34 @@ def test_markdown_tables_survive_a_bar_in_a_reason(case: Any) -> None:
     tables = [line for line in lines if line.startswith("|")]
     for line in tables:
         assert len(re.findall(r"(?<!\\)\|", line)) in (10, 7)
-    assert f"- {INT8}: failed: a\\|b c" in lines
+    assert f"- Not chosen: {INT8}, because a\\|b c." in lines
+
+
+def test_markdown_is_short_and_names_every_gate_that_did_not_pass(case: Any) -> None:
+    case.found.latency_ms[INT8] = [2 * value for value in case.found.latency_ms[BASELINE]]
+    result = case.report()
+    gates = [(row["name"], gate) for row in result["variants"] for gate in row["gates"]]
+    lines = to_markdown(result).splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    listed = [row for row in rows if len(row) == 6][2:]
+    open_ = [(name, gate) for name, gate in gates if gate["result"] != "pass"]
+    assert sorted((row[0], row[1].split()[0], row[4]) for row in listed) == sorted(
+        (name, gate["name"], gate["result"]) for name, gate in open_
+    )
+    assert listed[0][4] == "fail"
+    assert f"Gates: {len(gates) - len(open_)} pass, 1 fail, {len(open_) - 1} not measured." in lines
+    assert len(lines) < 25
+
+
+def test_markdown_without_open_gates_has_no_table_of_them(case: Any) -> None:
+    result = json.loads(json.dumps(dict(case.report())))
+    for row in result["variants"]:
+        row["gates"] = [gate | {"result": "pass", "reason": None} for gate in row["gates"]]
+    text = to_markdown(result)
+    number = sum(len(row["gates"]) for row in result["variants"])
+    assert number > 0
+    assert f"Gates: {number} pass, 0 fail, 0 not measured." in text
+    assert "| gate |" not in text
 
 
 def test_the_table_fits_a_narrow_terminal(

@@ -12,7 +12,7 @@ from torch import nn
 
 from ldm_deploy.errors import ConfigError, ParityError, StageMissingError
 from ldm_deploy.eval.parity import compare_outputs, read_probes
-from ldm_deploy.export import export
+from ldm_deploy.export import traced
 from ldm_deploy.export.export import export_source
 from ldm_deploy.export.to_onnx import export_module
 from ldm_deploy.models.reference import (
@@ -101,7 +101,7 @@ def test_a_wrong_export_leaves_nothing_behind(reference: Path, tmp_path: Path, m
             module.get_parameter("norm.bias").add_(0.1)
         export_module(module, *arguments, **options)
 
-    monkeypatch.setattr(export, "export_module", export_another)
+    monkeypatch.setattr(traced, "export_module", export_another)
     with pytest.raises(ParityError, match="engine text_encoder-fp32-onnxruntime-cpu differs from the"):
         export_source(reference, tmp_path / "bundle", components=["text_encoder"], threads=1)
     assert list(tmp_path.iterdir()) == []
@@ -110,8 +110,8 @@ def test_a_wrong_export_leaves_nothing_behind(reference: Path, tmp_path: Path, m
 def test_what_is_not_built_is_said(reference: Path, tmp_path: Path) -> None:
     with pytest.raises(StageMissingError, match="'bf16' is not built for onnxruntime-cpu; there is: fp32, fp16"):
         export_source(reference, tmp_path / "out", variants=[("bf16", "onnxruntime-cpu")])
-    with pytest.raises(StageMissingError, match="'aoti-cuda' is not built yet; there is: onnxruntime-cpu"):
-        export_source(reference, tmp_path / "out", variants=[("fp32", "aoti-cuda")])
+    with pytest.raises(StageMissingError, match="'coreml-cpu' is not built yet; there is: onnxruntime-cpu"):
+        export_source(reference, tmp_path / "out", variants=[("fp32", "coreml-cpu")])
     with pytest.raises(ConfigError, match="'decoder' is not in this model; there are: text_encoder, unet"):
         export_source(reference, tmp_path / "out", components=["decoder"])
 

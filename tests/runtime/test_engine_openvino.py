@@ -39,6 +39,53 @@ def test_fp32_is_fp32_and_any_batch_runs(decoder: Path) -> None:
     assert set(engine.precision_found()) == {"fp32"}
 
 
+def test_what_was_compiled_is_kept(decoder: Path, tmp_path: Path) -> None:
+    def opened() -> OpenVinoEngine:
+        return OpenVinoEngine(decoder.with_suffix(".xml"), threads=1, compiled=tmp_path)
+
+    first, second = opened(), opened()
+    assert (first.from_cache, second.from_cache) == (False, True)
+    np.testing.assert_array_equal(first.run(feeds(2))["image"], second.run(feeds(2))["image"])
+    assert second.precision_found() == first.precision_found()
+    (kept,) = tmp_path.iterdir()
+    kept.chmod(0o644)
+    kept.write_bytes(kept.read_bytes()[:-1000])  # a process that died while it wrote
+    assert not opened().from_cache
+
+
+def test_a_graph_with_quantized_nodes_is_int8_where_it_says_so(tmp_path: Path) -> None:
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    rng = np.random.default_rng(0)
+    # Seven bits: on a CPU without VNNI eight-bit products saturate.
+    tensors = {
+        "weight": rng.integers(-63, 64, (8, 4, 3, 3)).astype(np.int8), "scale": np.float32(0.02),
+        "zero": np.int8(0), "second": rng.standard_normal((4, 8, 3, 3), np.float32) / 8,
+    }  # fmt: skip
+    node = helper.make_node
+    nodes = [
+        node("QuantizeLinear", ["latent", "scale", "zero"], ["q"]),
+        node("DequantizeLinear", ["q", "scale", "zero"], ["x"]),
+        node("DequantizeLinear", ["weight", "scale", "zero"], ["w"]),
+        node("Conv", ["x", "w"], ["hidden"], pads=[1] * 4),
+        node("Conv", ["hidden", "second"], ["image"], pads=[1] * 4),
+    ]
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes, "g", [value("latent", TensorProto.FLOAT, ["n", 4, "h", "w_"])],
+        [value("image", TensorProto.FLOAT, ["n", 4, "h", "w_"])],
+        [numpy_helper.from_array(np.asarray(array), name) for name, array in tensors.items()],
+    )  # fmt: skip
+    path = tmp_path / "decoder.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), str(path))
+    to_openvino(path, path.with_suffix(".xml"))
+    engine = OpenVinoEngine(path.with_suffix(".xml"), precision="int8", threads=1)
+    assert engine.precision_found() == {"fp32": 1, "int8": 1}
+    expected = OnnxRuntimeEngine(path, threads=1).run(feeds(2))["image"]
+    assert relative_error(expected, engine.run(feeds(2))["image"]) < 2e-2
+
+
 @pytest.mark.skipif(not BF16, reason="this CPU has no bf16")
 def test_bf16_is_coarser_and_read_back(decoder: Path) -> None:
     engine = OpenVinoEngine(decoder.with_suffix(".xml"), precision="bf16", threads=1)

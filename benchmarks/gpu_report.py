@@ -1,0 +1,225 @@
+"""Every engine for a GPU beside torch fp32 with TF32 off: is it built, is it right, how fast is it?
+
+    make gpu-report          or    python3 benchmarks/gpu_report.py [--models reference 71m] [--device cuda] [--out DIR]
+
+Two models: the shipped reference, and one with random weights and the layout of Stable Diffusion 1.x (U-Net of 71 M
+parameters with latents of 32x32, decoder of 12 M to 256x256 pixels). Of each, U-Net and decoder; of each, a row for
+torch eager and compiled in fp32, fp16 and bf16, and for every target and precision of `ldm-deploy export` on the
+device. Every row is compared with torch fp32 on the CPU on real sampler inputs; latency is with the copies to and from
+the device, interleaved with the baseline, one worker process per row. What cannot be had here is a row that says so.
+
+Needs torch and what `pyproject.toml` lists under `export`; the other runtimes where they are installed, and no network.
+Writes DIR/gpu.json and DIR/gpu.md (build/gpu); components that gpu.json has already are not measured again. Takes
+about ten minutes on a GPU of a data centre.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from ldm_deploy.artifact import atomic_write_bytes, atomic_write_json, tool_versions  # noqa: E402
+from ldm_deploy.errors import LdmDeployError  # noqa: E402
+from ldm_deploy.progress import note  # noqa: E402
+
+COMPONENTS = ("unet", "vae_decoder")
+TORCH_ROWS = (("fp32", False), ("fp16", False), ("bf16", False), ("fp32", True), ("fp16", True))
+BASELINE = "fp32-torch"
+PACKAGES = ("torch", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "torch-tensorrt", "onnx", "triton")
+Row = dict[str, Any]
+
+
+def model_71m(folder: Path) -> Path:
+    """A reference directory with random weights, the same ones every time."""
+    import torch
+
+    from ldm_deploy.config import AutoencoderConfig, Config, UNetConfig
+    from ldm_deploy.models.reference import build_modules, describe, save_reference
+    from ldm_deploy.models.sources import resolve_source
+
+    shipped = resolve_source("reference")
+    if (folder / "model.json").is_file():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    config = Config(
+        name="71m", resolution=256, autoencoder=AutoencoderConfig(64, (1, 2, 4, 4), 2, 4, 32, "sd1"),
+        unet=UNetConfig((128, 256, 512), 2, (0, 1), (8, 8, 8), 32, "sd1"),
+    )  # fmt: skip
+    own = json.loads((shipped / "model.json").read_text("utf-8"))
+    text_encoder = {**own["text_encoder"], "width": 256, "head_channels": 32}
+    model = describe(config, 0.18215, text_encoder, own["prompts"])
+    torch.manual_seed(0)
+    modules = build_modules(model)
+    for module in modules.values():
+        for parameter in module.parameters():
+            if parameter.ndim > 1 and not parameter.any():  # residual branches start as zero
+                torch.nn.init.normal_(parameter, std=0.02)
+    (folder / "tokenizer.json").write_bytes((shipped / "tokenizer.json").read_bytes())
+    save_reference(folder, model, {name: module.state_dict() for name, module in modules.items()})
+    return folder
+
+
+def row(name: str, precision: str, runtime: str) -> Row:
+    return {
+        "name": name, "runtime": runtime, "precision": precision, "status": "ok", "reason": None, "build_s": None,
+        "size_bytes": None, "precision_found": None, "parity": None, "latency_ms": None, "speedup": None, "spec": None,
+    }  # fmt: skip
+
+
+def torch_rows(source: Path, component: str, probes: Any, device: str) -> Iterator[Row]:
+    """torch itself: eager and compiled."""
+    from ldm_deploy.eval.budget import load_budget
+    from ldm_deploy.eval.parity import compare_outputs
+    from ldm_deploy.eval.worker import open_module
+
+    for precision, compiled in TORCH_ROWS:
+        made = row(f"{precision}-torch{'.compile' if compiled else ''}", precision, "torch")
+        spec = {"kind": "module", "path": str(source), "component": component, "precision": precision,
+                "device": device, "compile": compiled}  # fmt: skip
+        start = time.monotonic()
+        try:
+            limit = load_budget(None).parity_limit(precision, component)
+            # Compiled for the size that is timed: every further one is compiled anew.
+            result = compare_outputs(open_module(spec), probes[:1] if compiled else probes, limit)
+            made |= {"parity": result.to_dict(), "build_s": time.monotonic() - start, "spec": spec}
+            if result.reason is not None:
+                made |= {"status": "failed", "reason": result.reason, "spec": None}
+        except Exception as error:  # of torch's compiler, whatever it is
+            lines = str(error).splitlines() or [type(error).__name__]
+            made |= {"status": "failed", "reason": lines[0]}
+        yield made
+
+
+def engine_rows(source: Path, component: str, device: str, folder: Path) -> Iterator[Row]:
+    """Every target on the device in every precision it has, built here."""
+    from ldm_deploy.export.export import export_source
+    from ldm_deploy.export.targets import TARGETS
+
+    for target in TARGETS.values():
+        for precision in target.precisions if target.device == device else ():
+            made, out = row(f"{precision}-{target.name}", precision, target.runtime), folder / target.name / precision
+            note(f"{component}: {made['name']}")
+            start = time.monotonic()
+            try:
+                bundle = export_source(source, out / component, variants=[(precision, target.name)],
+                                       components=[component])  # fmt: skip
+            except LdmDeployError as error:
+                yield made | {"status": "not measured", "reason": str(error)}
+                continue
+            (engine,) = bundle.data["engines"]
+            made |= {key: engine[key] for key in ("size_bytes", "precision_found", "parity")}
+            spec = {"kind": "engine", "bundle": str(out / component), "engine": engine["id"]}
+            yield made | {"build_s": time.monotonic() - start, "spec": spec}
+
+
+def measure(source: Path, component: str, device: str, folder: Path, rounds: int) -> list[Row]:
+    """All rows of a component."""
+    from ldm_deploy.eval.latency import compare_engines
+    from ldm_deploy.eval.measure import component_feeds
+    from ldm_deploy.export.probes import make_probes
+    from ldm_deploy.models.sources import load_source
+
+    probes = make_probes(load_source(source), components=[component])[component]
+    rows = [*torch_rows(source, component, probes, device), *engine_rows(source, component, device, folder)]
+    specs = {made["name"]: made["spec"] for made in rows if made["spec"] is not None}
+    found = compare_engines(specs, component_feeds(component, probes), rounds=rounds, time_limit_s=20.0 * len(specs))
+    for made in rows:
+        name = made["name"]
+        made["latency_ms"], made["speedup"] = found["latency_ms"].get(name), found["speedup"].get(name)
+        if name in found["failed"]:
+            made |= {"status": "failed", "reason": found["failed"][name]}
+        del made["spec"]
+    return rows
+
+
+def to_markdown(report: dict[str, Any]) -> str:
+    """The tables, with their conditions."""
+    machine, versions = report["machine"], report["versions"]
+    lines = [
+        f"{report['device']}: {report['device_name']}; {machine['cpu']}, {machine['cores']} cores; "
+        + ", ".join(f"{name} {version}" for name, version in versions.items() if version != "absent")
+        + f". Not installed: {', '.join(name for name, version in versions.items() if version == 'absent') or 'none'}.",
+        "Latency with the copies to and from the device, median (5 % to 95 %); speed against torch fp32 (TF32 off) of "
+        "the same rounds, 95 % interval.",
+    ]
+    for key, rows in report["components"].items():
+        lines += ["", f"### {key}", "", "| row | ms | speed | relative error | computes in | MB | build s |"]
+        lines += ["|---|---:|---:|---:|---|---:|---:|"]
+        for made in rows:
+            lines.append(f"| {made['name']} | {' | '.join(_cells(made))} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cells(made: Row) -> list[str]:
+    if made["status"] != "ok":
+        return [f"{made['status']}: {made['reason']}".replace("|", "/"), "", "", "", "", ""]
+    latency, speedup, parity = made["latency_ms"], made["speedup"], made["parity"]
+    error = parity["relative_error"]
+    wrong = "" if parity["passed"] else f" **above {parity['limit']:g}**"
+    return [
+        f"{latency['median']:.2f} ({latency['p5']:.2f}–{latency['p95']:.2f})",
+        "1" if speedup is None else f"{speedup['median']:.2f} ({speedup['ci95_low']:.2f}–{speedup['ci95_high']:.2f})",
+        ("not finite" if error is None else f"{error:.1e}") + wrong,
+        ", ".join(f"{count} {name}" for name, count in (made["precision_found"] or {}).items()) or "as asked",
+        "" if made["size_bytes"] is None else f"{made['size_bytes'] / 1e6:.1f}",
+        "" if made["build_s"] is None else f"{made['build_s']:.0f}",
+    ]
+
+
+def device_name(device: str) -> str | None:
+    """None where there is no such device."""
+    import torch
+
+    if device == "cpu":
+        return "the processor"
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
+def run(models: list[str], device: str, out: Path, rounds: int) -> dict[str, Any]:
+    """Measure what `out`/gpu.json does not have yet; writes it after every component."""
+    from ldm_deploy.eval.machine import machine
+    from ldm_deploy.models.sources import resolve_source
+
+    file = out / "gpu.json"
+    conditions = {"format": 1, "device": device, "device_name": device_name(device), "machine": machine(),
+                  "versions": tool_versions(*PACKAGES)}  # fmt: skip
+    report: dict[str, Any] = {**conditions, "components": {}}
+    if file.is_file():
+        earlier = json.loads(file.read_text("utf-8"))
+        if all(earlier.get(key) == conditions[key] for key in ("device_name", "versions")):
+            report["components"] = earlier["components"]
+    for model in models:
+        source = model_71m(out / "71m") if model == "71m" else resolve_source(model)
+        for component in COMPONENTS:
+            key = f"{component} of {model}"
+            if key not in report["components"]:
+                report["components"][key] = measure(source, component, device, out / "engines" / model, rounds)
+                atomic_write_json(file, report)
+                atomic_write_bytes(out / "gpu.md", to_markdown(report).encode())
+    return report
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["reference", "71m"])
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try this command out")
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--out", type=Path, default=Path("build/gpu"))
+    given = parser.parse_args()
+    if device_name(given.device) is None:
+        print("error: not measured: torch finds no NVIDIA GPU here; run it on a machine that has one", file=sys.stderr)
+        return 4
+    print(to_markdown(run(given.models, given.device, given.out, given.rounds)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

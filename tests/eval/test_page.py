@@ -1,0 +1,256 @@
+"""The page as text: whole, self-contained, and with everything in it. test_page_in_browser.py looks at it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import re
+from html.parser import HTMLParser
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ldm_deploy.eval import page as page_module
+from ldm_deploy.eval.measure import BASELINE
+from ldm_deploy.eval.page import to_html
+from tests.eval.states import STATES, prepare
+from tests.eval.studies import sensitivity, timestep_error
+
+FP32, INT8 = "fp32-onnxruntime-cpu", "int8-onnxruntime-cpu"
+
+
+class Page(HTMLParser):
+    """Tags in order, text, and the cells of every table's body; checks that tags nest."""
+
+    VOID = ("meta", "img", "br", "link", "input", "hr")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.script = ""
+        self.rows: list[list[str]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attributes)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag, f"</{tag}> closes another"
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "script":
+            self.script += data
+        elif not self.open or self.open[-1] != "style":
+            self.text += data
+            if self.rows and ("td" in self.open or "th" in self.open):
+                self.rows[-1][-1] += data
+
+    def all(self, name: str) -> list[dict[str, str | None]]:
+        return [attributes for tag, attributes in self.tags if tag == name]
+
+
+def everything(case: Any) -> Any:
+    """A report that has all a page can show."""
+    result = case.report()
+    result.studies = {"sensitivity": sensitivity(), "timestep_error": timestep_error()}
+    return result
+
+
+@pytest.mark.parametrize("state", [*STATES, "everything"])
+def test_the_page_is_whole_and_needs_no_network(case: Any, state: str) -> None:
+    text = to_html(everything(case) if state == "everything" else prepare(case, state))
+    page = Page(text)
+    assert page.open == []
+    assert "http" not in text.replace("http-equiv=", "")
+    assert "@import" not in text
+    for address in re.findall(r"url\((.*?)\)", text):
+        assert address.startswith("data:image/")
+    identifiers = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(identifiers) == len(set(identifiers))
+    for tag, attributes in page.tags:
+        assert tag not in ("link", "iframe", "object", "embed", "base", "form")
+        assert not [name for name in attributes if name.startswith("on")]
+        assert (attributes.get("src") or "data:").startswith("data:image/") or "src" not in attributes
+        target = attributes.get("href")
+        assert target is None or target[1:] in identifiers, f"{target} leads nowhere"
+        assert attributes.get("for") is None or attributes["for"] in identifiers
+
+
+def test_only_our_own_script_may_run_and_nothing_may_be_fetched(case: Any) -> None:
+    page = Page(to_html(case.report()))
+    assert len(page.all("script")) == 1
+    digest = base64.b64encode(hashlib.sha256(page.script.encode()).digest()).decode()
+    (policy,) = (meta["content"] for meta in page.all("meta") if meta.get("http-equiv") == "Content-Security-Policy")
+    assert policy is not None
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    assert rules["default-src"] == "'none'"
+    assert rules["script-src"] == f"'sha256-{digest}'"
+    assert rules["img-src"] == "data:"
+    assert set(rules) == {"default-src", "script-src", "img-src", "style-src", "base-uri", "form-action"}
+
+
+@pytest.mark.parametrize("state", [*STATES, "everything"])
+def test_what_can_be_used_can_be_used_with_a_keyboard_and_is_named(case: Any, state: str) -> None:
+    page = Page(to_html(everything(case) if state == "everything" else prepare(case, state)))
+    for tag, attributes in page.tags:
+        if tag == "img":
+            assert attributes["alt"]
+        if attributes.get("role") in ("img", "region"):
+            assert attributes["aria-label"]
+        if "scroll" in (attributes.get("class") or "").split():
+            assert attributes["tabindex"] == "0"
+    for index, (tag, _) in enumerate(page.tags):
+        if tag == "thead":
+            heads = page.tags[index + 2 :]
+            while heads and heads[0][0] == "th":
+                assert heads[0][1]["scope"] == "col"
+                assert heads[1] == ("button", {"type": "button"}), "a head that cannot be reached with a keyboard"
+                heads = heads[2:]
+    assert any(attributes.get("name") == "viewport" for attributes in page.all("meta"))
+    inputs = page.all("input")
+    assert len([attributes for attributes in inputs if attributes["type"] == "radio"]) in (0, 4)
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_the_choice_comes_first_and_every_variant_and_gate_is_there(case: Any, state: str) -> None:
+    result = prepare(case, state)
+    page = Page(to_html(result))
+    title = f"Chosen: {result['chosen']}" if result["chosen"] else "No variant was chosen"
+    sections = [attributes["id"] for attributes in page.all("h2")]
+    expected = ["trade", "variants", "images", "gates", "figures", "conditions"]
+    assert sections == [name for name in expected if name != "trade" or page.all("svg")]
+    places = [page.text.index(text) for text in (title, *result["why"].split(" Not chosen: "), "All variants")]
+    assert places == sorted(places)
+    cells = [[" ".join(cell.split()) for cell in row] for row in page.rows]
+    for row in result["variants"]:
+        assert any(cell[0] == row["name"] and len(cell) == 9 for cell in cells)
+        for gate in row["gates"]:
+            (found,) = (c for c in cells if c[0] == row["name"] and c[1].split()[0] == gate["name"])
+            assert gate["result"] in found[2]
+            assert (gate["reason"] or "") in found[2]
+            assert found[3].startswith(gate["limit_text"])
+        if row["refused"]:
+            assert row["refused"] in page.text
+    assert result["machine"]["cpu"] in page.text
+    for name, version in result["machine"]["versions"].items():
+        assert f"{name} {version}" in page.text
+
+
+def test_gates_that_did_not_pass_come_first(case: Any) -> None:
+    case.found.latency_ms[INT8] = [2 * value for value in case.found.latency_ms[BASELINE]]
+    page = Page(to_html(case.report()))
+    results = [row[2].split()[0] for row in page.rows if len(row) == 5 and row[2][:1] in "✗?✓"]
+    assert results == sorted(results, key="✗?✓".index)
+    assert results[0] == "✗"
+    assert results[-1] == "✓"
+
+
+def test_prompts_are_text_not_markup(case: Any) -> None:
+    text = to_html(case.report())
+    assert "<b>sun" not in text
+    assert "<b>sun</b> & co, seed 1" in Page(text).text
+
+
+def decoded(uri: str) -> np.ndarray:
+    from PIL import Image
+
+    with Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))) as image:
+        return np.asarray(image)
+
+
+def test_every_image_is_in_the_page_once_and_unchanged(case: Any) -> None:
+    result = case.report()
+    text = to_html(result)
+    page = Page(text)
+    # fp32 draws what the baseline draws: it is not embedded again.
+    uris = re.findall(r"data:image/png;base64,[A-Za-z0-9+/=]+", text)
+    assert len(uris) == len(set(uris)) == 4 * 2
+    shown = {str(image["alt"]): image["src"] for image in page.all("img")}
+    for index, (prompt, seed) in enumerate(result.grid.pairs):
+        label = f"{prompt}, seed {seed}, drawn by"
+        np.testing.assert_array_equal(decoded(str(shown[f"{label} {INT8}"])), result.images[INT8][index])
+        samples = [figure for figure in page.all("figure") if figure.get("class") == "sample"]
+        places = [attributes.get("aria-label") for attributes in page.all("div")]
+        assert f"{label} {BASELINE}" in places
+        assert f"{label} {FP32}" in places
+    references = [re.findall(r"url\((.*)\)", str(figure["style"]))[0] for figure in samples]
+    for expected in result.images[BASELINE]:
+        assert any(np.array_equal(decoded(uri), expected) for uri in references)
+
+
+def test_the_worst_images_come_first_and_stay_when_not_all_fit(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = case.found.images
+    images[INT8][2] ^= 15  # the third pair: <b>sun</b> & co, seed 0
+    result = case.report()
+    assert result["chosen"] == INT8
+    full = Page(to_html(result))
+    assert str(full.all("img")[0]["alt"]).startswith("<b>sun</b> & co, seed 0")
+    assert "left out" not in full.text
+    monkeypatch.setattr(page_module, "IMAGE_BYTES", 1)
+    small = Page(to_html(result))
+    assert [image["alt"] for image in small.all("img")] == [full.all("img")[0]["alt"]]
+    assert "3 of 4 prompts and seeds are left out" in small.text
+
+
+def test_without_a_baseline_there_is_nothing_to_compare_with(case: Any) -> None:
+    case.lose(BASELINE, "gone")
+    page = Page(to_html(case.report()))
+    assert len(page.all("img")) == 4 * 2
+    assert page.all("input") == []
+    assert "the reference" not in page.text
+
+
+def test_studies_are_shown_where_they_are_and_not_mentioned_where_they_are_not(case: Any) -> None:
+    result = case.report()
+    before = Page(to_html(result))
+    assert "Sensitivity" not in before.text
+    assert "trajectory" not in before.text
+    page = Page(to_html(everything(case)))
+    layers = [row for row in page.rows if len(row) == 8 and row[2] == "Conv"]
+    # The most sensitive first; what was not measured last, with its reason.
+    assert [row[0] for row in layers] == ["conv_in", "mid.attention", "mid.conv", "conv_out", "mid.norm"]
+    assert [row[1] for row in layers] == ["1", "2", "3", "5", "4"]
+    assert layers[0][3:] == ["31.5 (30.5 to 32.5)", "27.5", "0.100", "no", ""]
+    assert layers[4][3:] == ["–", "–", "–", "–", "no int8 kernel"]
+    charts = [svg["aria-label"] for svg in page.all("svg")]
+    assert any("time won" in str(label) for label in charts)
+    assert any("unet-int8-onnxruntime-cpu against fp32-torch-cpu" in str(label) for label in charts)
+    assert "Timestep 0: the last step predicts nothing" in page.text
+    # One mark for every figure, hollow where the layer was left as it was.
+    circles = [circle["class"] for circle in page.all("circle")]
+    assert len(circles) == 4 + 3 + (2 + 3)
+    assert circles.count("dot first hollow") == 2 + 2
+
+
+def test_figures_that_the_page_does_not_know_are_shown_as_they_are(case: Any) -> None:
+    result = json.loads(json.dumps(dict(case.report())))
+    row = result["variants"][1]
+    row["cold_start"] = {"import_ms": 812.25, "stable": True, "note": "<first>", "nothing": None}
+    row["throughput"] = [{"batch": 1, "images_per_s": 2.5}, {"batch": 4, "images_per_s": 3.25}]
+    figure = {"mean": 0.125, "worst": 0.5, "ci95": [0.1, 0.2], "n": 4, "reason": None}
+    row["quality"]["moon_phase"] = {**figure, "tile": [16, 32]}
+    page = Page(to_html(result))
+    text = " ".join(page.text.split())
+    for expected in ("cold_start", "812.25", "<first>", "throughput", "3.25"):
+        assert expected in text
+    for expected in ("moon_phase", "0.1000 to 0.2000", "tile: 16, 32"):
+        assert expected in text
+
+
+def test_charts_are_left_out_where_there_are_no_figures(case: Any) -> None:
+    case.lose(BASELINE, "gone")
+    page = Page(to_html(case.report()))
+    assert page.all("svg") == []
+    assert "Pareto" not in page.text
