@@ -27,6 +27,7 @@ import numpy as np
 from ldm_deploy.errors import EvaluationError
 from ldm_deploy.eval.machine import machine, usable_threads
 from ldm_deploy.eval.metrics import ratio_ci
+from ldm_deploy.eval.placement import with_huge_pages
 
 __all__ = ["Worker", "WorkerError", "compare_engines", "interleaved", "machine", "summary", "warm_up"]
 
@@ -44,17 +45,25 @@ class Worker:
 
     `spec`: {"kind": "variant", "bundle", "variant"}, {"kind": "reference", "path"}, {"kind": "engine", "bundle",
     "engine"}, {"kind": "engine", "runtime": "onnxruntime", "path"}, {"kind": "module", "path", "component",
-    "precision", "device", "compile"} (see `worker.open_module`) or {"kind": "factory", "file", "function"}.
+    "precision", "device", "compile"} (see `worker.open_module`) or {"kind": "factory", "file", "function"} with, if
+    the function takes some, "arguments". `huge_pages`: see `placement.py`; for workers whose memory is not measured.
     No call waits longer than `timeout_s`: `WorkerError` says what happened, and the process is ended.
     """
 
     def __init__(
-        self, name: str, spec: Mapping[str, Any], *, threads: int | None = None, timeout_s: float = 600.0
+        self,
+        name: str,
+        spec: Mapping[str, Any],
+        *,
+        threads: int | None = None,
+        timeout_s: float = 600.0,
+        huge_pages: bool = False,
     ) -> None:
         self.name = name
         self.spec = dict(spec)
         self.threads = threads or usable_threads()
         self.timeout_s = timeout_s
+        self.huge_pages = huge_pages
         self.load_ms: float | None = None
         self._process: subprocess.Popen[str] | None = None
         self._answers: queue.Queue[str | None] = queue.Queue()
@@ -77,6 +86,8 @@ class Worker:
         """Start the process and load the subject."""
         self._folder = Path(tempfile.mkdtemp(prefix="ldm-deploy-worker-"))
         environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads), "PYTHONUNBUFFERED": "1"}
+        if self.huge_pages:
+            environment = with_huge_pages(environment)
         with (self._folder / "stderr.txt").open("w") as errors:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "ldm_deploy.eval.worker"],
@@ -114,6 +125,13 @@ class Worker:
         answer = self._ask({"op": "run", "feeds": feeds, "component": component, "repeats": repeats})
         times: list[float] = answer["latency_ms"]
         return times
+
+    def settle(self) -> dict[str, Any]:
+        """After warm-up, of a worker that holds one engine: give every thread that computes a processor of its own.
+
+        Returns {"threads": how many were pinned, "huge_page_bytes": what lies on huge pages or None}.
+        """
+        return self._ask({"op": "settle"})
 
     def peak_memory_bytes(self) -> int:
         """The largest resident set of the worker's process so far."""

@@ -33,12 +33,46 @@ def machine(threads: int | None = None) -> dict[str, Any]:
         **hardware,
         "threads": threads or usable_threads(),
         "system": f"{platform.system()} {platform.machine()}",
-        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+        "load_average": conditions()["load_average"],
         "versions": {
             "python": platform.python_version(),
             **{name: found for name in PACKAGES if (found := _version(name))},
         },
     }
+
+
+def conditions() -> dict[str, Any]:
+    """What changes from minute to minute; None where the system does not tell.
+
+    `load_average` (1, 5, 15 minutes), `frequency_mhz` of every processor now, `stolen_s`: seconds since the machine was
+    started in which a hypervisor gave its processors to others.
+    """
+    return {
+        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+        "frequency_mhz": _frequency_mhz(),
+        "stolen_s": _stolen_s(),
+    }
+
+
+def _frequency_mhz() -> list[float] | None:
+    """cpufreq's figure where there is one, else that of /proc/cpuinfo, which virtual machines may hold fixed."""
+    files = sorted(Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/scaling_cur_freq"))
+    try:
+        if files:
+            return [int(file.read_text()) / 1000 for file in files]
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except (OSError, ValueError):
+        return None
+    return [float(line.partition(":")[2]) for line in lines if line.startswith("cpu MHz")] or None
+
+
+def _stolen_s() -> float | None:
+    """The eighth figure of /proc/stat's first line, proc(5)."""
+    try:
+        fields = Path("/proc/stat").read_text().splitlines()[0].split()
+        return int(fields[8]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 def _processor() -> tuple[str, list[str]]:

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from ldm_deploy.eval.placement import huge_page_bytes, pin, pin_threads, thread_times
+
 
 class Subject:
     """What a worker holds: `draw` for a whole pipeline, `engine` for one component."""
@@ -37,7 +39,7 @@ class Subject:
         elif kind == "module":
             self.single = open_module(spec, threads)
         elif kind == "factory":
-            made = _call(spec["file"], spec["function"])
+            made = _call(spec["file"], spec["function"], spec.get("arguments", {}))
             self.pipeline, self.single = (None, made) if hasattr(made, "run") else (made, None)
         else:
             raise ValueError(f"worker kind {kind!r} is unknown; allowed: variant, reference, engine, module, factory")
@@ -88,26 +90,17 @@ def open_module(spec: dict[str, Any], threads: int | None = None) -> Any:
     return engine
 
 
-def _call(file: str, function: str) -> Any:
-    """A pipeline or an engine of one's own: `function()` of a Python file."""
+def _call(file: str, function: str, arguments: dict[str, Any]) -> Any:
+    """A pipeline or an engine of one's own: `function(**arguments)` of a Python file."""
     import importlib.util
 
     spec = importlib.util.spec_from_file_location("ldm_deploy_eval_factory", file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
-    return getattr(module, function)()
-
-
-def pin(threads: int) -> list[int]:
-    """Keep this process on as many processors as it has threads, so that none migrates. Returns the processors."""
-    if not hasattr(os, "sched_setaffinity"):
-        return []
-    allowed = sorted(os.sched_getaffinity(0))
-    if threads < len(allowed):
-        os.sched_setaffinity(0, allowed[:threads])
-    return sorted(os.sched_getaffinity(0))
+    return getattr(module, function)(**arguments)
 
 
 class Session:
@@ -115,15 +108,18 @@ class Session:
 
     def __init__(self) -> None:
         self.subject: Subject | None = None
+        self.processors: list[int] = []
+        self.loaded: dict[int, int] = {}  # what every thread had spent by then
         self.feeds: dict[str, dict[str, np.ndarray]] = {}
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         operation = request.pop("op")
         if operation == "load":
             start = time.perf_counter()
-            processors = pin(request["threads"])
+            self.processors = pin(request["threads"])
             self.subject = Subject(request["spec"], request["threads"])
-            return {"load_ms": 1000 * (time.perf_counter() - start), "processors": processors}
+            self.loaded = thread_times()
+            return {"load_ms": 1000 * (time.perf_counter() - start), "processors": self.processors}
         if operation == "memory":
             from ldm_deploy.eval.memory import peak_memory_bytes
 
@@ -137,7 +133,10 @@ class Session:
             return {"latency_ms": milliseconds}
         if operation == "run":
             return {"latency_ms": self.run(request)}
-        raise ValueError(f"operation {operation!r} is unknown; allowed: load, image, run, memory, quit")
+        if operation == "settle":
+            pinned = pin_threads(self.processors, self.loaded)
+            return {"threads": len(pinned), "huge_page_bytes": huge_page_bytes()}
+        raise ValueError(f"operation {operation!r} is unknown; allowed: load, image, run, settle, memory, quit")
 
     def run(self, request: dict[str, Any]) -> list[float]:
         """Milliseconds of `repeats` calls of one engine on the feeds of a .npz file, which is read once."""

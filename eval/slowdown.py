@@ -1,0 +1,277 @@
+"""Is an engine slower than another? Judged from one interleaved run, on a machine that others use too.
+
+Neither to cry wolf nor to sleep takes an estimate that bursts of load do not move, an interval that holds whatever the
+load does, and no more looks at it than were planned:
+
+- A pair is a call of each, one right after the other, in random order. Which of the two meets a burst is then a fair
+  coin's choice, so the signs of (log ratio - its median) are independent however the load is correlated in time. The
+  sign test's interval of the median (Conover 1999, section 3.2) needs nothing else.
+- Each side has several processes, since every process has a speed of its own (`placement.py`). One that stands out from
+  its like is left out, on either side by the same rule: one in fifty was seen to be 3 to 7 % slower for its whole life.
+  What the others differ by, or what they were seen to differ by elsewhere if that is more, widens the interval.
+- The number of looks is fixed beforehand and each has its share of the error (Bonferroni; Jennison and Turnbull 2000,
+  chapter 2, on what looking until it fits does to a test).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from statistics import NormalDist
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ldm_deploy.errors import EvaluationError
+from ldm_deploy.eval.budget import Result, judge
+from ldm_deploy.eval.latency import Worker, warm_up
+from ldm_deploy.eval.machine import conditions, usable_threads
+
+TOLERANCE = 0.02  # slower by this much is not yet slower
+LEVEL = 0.99
+LOOKS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # after so many pairs, and once more when the time is up
+PROCESSES = 3  # per side: the fewest of which one can stand out
+# Standard deviation of a process's own speed with and without huge pages (measured: 0.2 % and 1.2 %)
+PROCESS_SPREAD = {True: 0.003, False: 0.012}
+STANDS_OUT = 3.5  # so many standard deviations from the middle process of its side
+
+Call = Callable[[], float]  # milliseconds
+Prepare = Callable[[Worker], Call]
+
+
+@dataclass(frozen=True)
+class Slowdown:
+    """`ratio`: candidate / baseline with its interval `low` to `high`; above 1 is slower. None where it has none.
+
+    `left_out`: how many of the `processes` on each side stood out and do not count.
+    `result` is what `limit` makes of the interval, `reason` says why unless it passed. `seconds`: loading, warm-up and
+    measuring. `conditions`: see `machine.conditions`, `before` and `after`.
+    """
+
+    result: Result
+    reason: str | None
+    ratio: float | None
+    low: float | None
+    high: float | None
+    left_out: int
+    limit: float
+    level: float
+    pairs: int
+    processes: int
+    huge_pages: bool
+    seconds: float
+    conditions: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def engine_call(feeds: Mapping[str, np.ndarray], component: str | None = None) -> Prepare:
+    """What is timed: one engine (for a variant, that of `component`) on `feeds`."""
+
+    def prepare(worker: Worker) -> Call:
+        key = worker.put(feeds)
+        return lambda: worker.run(key, component=component)[0]
+
+    return prepare
+
+
+def image_call(prompt: str, seed: int = 0, **options: Any) -> Prepare:
+    """What is timed: a whole image, drawn with the pipeline's keyword arguments."""
+    return lambda worker: lambda: worker.image(prompt, seed, **options)[0]
+
+
+def judge_slowdown(
+    baseline: Mapping[str, Any],
+    candidate: Mapping[str, Any],
+    prepare: Prepare,
+    *,
+    tolerance: float = TOLERANCE,
+    level: float = LEVEL,
+    time_limit_s: float = 15.0,
+    processes: int = PROCESSES,
+    threads: int | None = None,
+    seed: int = 0,
+) -> Slowdown:
+    """Does the candidate take more than 1 + `tolerance` times as long as the baseline?
+
+    `baseline`, `candidate`: what workers load (`Worker`'s spec); `prepare`: see `engine_call`. "fail" if the whole
+    interval of the ratio, at `level`, is above the limit, "pass" if none of it is, else "not measured". Ends at the
+    first look that decides; begins nothing after `time_limit_s`, which counts from the call. Raises `WorkerError` for
+    what does not load or run, and `EvaluationError` for settings that make no sense.
+    """
+    if not (tolerance >= 0 and 0 < level < 1 and time_limit_s > 0 and processes >= 1):
+        raise EvaluationError(
+            f"tolerance {tolerance:g}, level {level:g}, time limit {time_limit_s:g} s, {processes} processes: give a "
+            "tolerance of 0 or more (0.02 is 2 %), a level between 0 and 1, some seconds and one process or more"
+        )
+    start, before = time.monotonic(), conditions()
+    confidence = 1 - (1 - level) / (len(LOOKS) + 1)
+    with ExitStack() as stack:
+        workers = [
+            Worker(f"{name} {index + 1}", spec, threads=threads, huge_pages=True)
+            for index in range(processes)
+            for name, spec in (("baseline", baseline), ("candidate", candidate))
+        ]
+        for worker in workers:
+            stack.callback(worker.stop)
+        with ThreadPoolExecutor(usable_threads()) as pool:  # nothing is timed yet
+            list(pool.map(Worker.start, workers))
+        calls, huge_pages = [], True
+        for worker in workers:
+            calls.append(prepare(worker))
+            warm_up(calls[-1])
+            huge_pages &= bool(worker.settle()["huge_page_bytes"])
+        pairs = Pairs(calls[::2], calls[1::2], seed=seed)
+        interval: Interval | None = None
+        result: Result = "not measured"
+        for look in (*LOOKS, math.inf):
+            while len(pairs) < look and time.monotonic() - start < time_limit_s:
+                pairs.round()
+            interval = ratio_interval(pairs.log_ratios, pairs.who, confidence, PROCESS_SPREAD[huge_pages])
+            if interval is not None:
+                result = judge(interval.low, interval.high, 1 + tolerance, minimum=False)
+            if result != "not measured" or time.monotonic() - start >= time_limit_s:
+                break
+        seconds = time.monotonic() - start
+    after = conditions()
+    reason = _reason(result, interval, 1 + tolerance, level, len(pairs), seconds, after)
+    return Slowdown(
+        result, reason, *((None, None, None, 0) if interval is None else interval), 1 + tolerance, level, len(pairs),
+        processes, huge_pages, seconds, {"before": before, "after": after},
+    )  # fmt: skip
+
+
+def _reason(
+    result: Result,
+    interval: Interval | None,
+    limit: float,
+    level: float,
+    pairs: int,
+    seconds: float,
+    after: Mapping[str, Any],
+) -> str | None:
+    if result == "pass":
+        return None
+    spent = f"after {pairs} pairs of calls in {seconds:.1f} s"
+    if interval is None:
+        return f"too noisy: {spent} there are too few for an interval; give more time, or a shorter call"
+    found = (
+        f"it takes {interval.ratio:.3f} times as long ({level:.0%} interval {interval.low:.3f} to {interval.high:.3f}) "
+        + spent
+    )
+    if result == "fail":
+        return f"{found}; the limit is {limit:g}"
+    load = after["load_average"]
+    busy = f" (load average {load[0]:.1f})" if load else ""
+    return f"too noisy: {found}, and the limit {limit:g} lies inside; give more time, or a quieter machine{busy}"
+
+
+class Pairs:
+    """Calls of two sides, paired at random. `log_ratios`: log(candidate / baseline); `who`: the two processes."""
+
+    def __init__(self, baseline: Sequence[Call], candidate: Sequence[Call], *, seed: int = 0) -> None:
+        self._sides = (baseline, candidate)
+        self._rng = np.random.default_rng(seed)
+        self.log_ratios: list[float] = []
+        self.who: list[tuple[int, int]] = []
+
+    def __len__(self) -> int:
+        return len(self.log_ratios)
+
+    def round(self) -> None:
+        """Every process once, each with another of the other side."""
+        orders = [self._rng.permutation(len(side)) for side in self._sides]
+        for chosen in zip(*orders, strict=True):
+            times = [0.0, 0.0]
+            for side in self._rng.permutation(2):
+                times[side] = self._sides[side][chosen[side]]()
+            self.log_ratios.append(math.log(times[1] / times[0]))
+            self.who.append((int(chosen[0]), int(chosen[1])))
+
+
+class Interval(NamedTuple):
+    ratio: float
+    low: float
+    high: float
+    left_out: int
+
+
+def ratio_interval(
+    log_ratios: Sequence[float], who: Sequence[tuple[int, int]], confidence: float, process_spread: float
+) -> Interval | None:
+    """The median of the ratios and its interval; None for too few pairs.
+
+    `log_ratios` (n,), `who` (n, 2): the process of either side. `process_spread`: the least standard deviation of a
+    process's own log latency that is reckoned with; more is, where the processes of a side differ by more.
+    """
+    values, processes = np.asarray(log_ratios, np.float64), np.asarray(who).reshape(-1, 2)
+    kept, left_out = np.ones(len(values), bool), 0
+    for process in processes.T:
+        for label in standing_out(values, process, process_spread):
+            kept &= process != label
+            left_out += 1
+    values, processes = values[kept], processes[kept]
+    rank = sign_test_rank(len(values), confidence)
+    if rank is None:
+        return None
+    variance = sum(_process_variance(values, process, process_spread) for process in processes.T)
+    spread = NormalDist().inv_cdf((1 + confidence) / 2) ** 2 * variance
+    values.sort()
+    middle = float(np.median(values))
+    low = middle - math.sqrt((middle - values[rank]) ** 2 + spread)
+    high = middle + math.sqrt((values[-1 - rank] - middle) ** 2 + spread)
+    return Interval(math.exp(middle), math.exp(low), math.exp(high), left_out)
+
+
+def sign_test_rank(count: int, confidence: float) -> int | None:
+    """k such that the k-th smallest and k-th largest of `count` values (from 0) hold the median with `confidence`.
+
+    None if even the extremes do not. That fewer than k + 1 of n fair coins show heads must be rarer than half the
+    error: exact, whatever the distribution.
+    """
+    allowed = (1 - confidence) / 2 * 2**count
+    total, rank = 0, None
+    for k in range(count // 2):
+        total += math.comb(count, k)
+        if total > allowed:
+            break
+        rank = k
+    return rank
+
+
+def standing_out(values: np.ndarray, process: np.ndarray, spread: float) -> list[int]:
+    """The processes of a side, of three or more, whose median lies far from that of the middle one."""
+    labels, medians, by_chance = _process_medians(values, process)
+    if len(labels) < 3:
+        return []
+    far = np.abs(medians - np.median(medians)) > STANDS_OUT * np.sqrt(spread**2 + by_chance)
+    return [int(label) for label in labels[far]]
+
+
+def _process_variance(values: np.ndarray, process: np.ndarray, least: float) -> float:
+    """Variance of a side's mean that comes from its processes: s²/P, s² at least `least`².
+
+    s² is the variance of the processes' medians less what so few calls make them differ by.
+    """
+    labels, medians, by_chance = _process_medians(values, process)
+    seen = float(np.var(medians, ddof=1) - np.mean(by_chance)) if len(labels) > 1 else 0.0
+    return max(least**2, seen) / len(labels)
+
+
+def _process_medians(values: np.ndarray, process: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(processes, median of each, variance of that median).
+
+    The median of n values with standard deviation σ has the variance π σ² / (2 n); σ is taken to be 1.4826 times the
+    median absolute deviation, which bursts of load do not move.
+    """
+    labels = np.unique(process)
+    groups = [values[process == label] for label in labels]
+    medians = np.array([np.median(group) for group in groups])
+    deviations = [np.median(np.abs(group - middle)) for group, middle in zip(groups, medians, strict=True)]
+    by_chance = [math.pi / 2 * (1.4826 * d) ** 2 / len(group) for d, group in zip(deviations, groups, strict=True)]
+    return labels, medians, np.array(by_chance)
