@@ -13,6 +13,7 @@ from ldm_deploy.eval.measure import BASELINE, Measured
 from ldm_deploy.eval.memory import fp32_size_bytes, size_bytes
 from ldm_deploy.eval.metrics import ratio_ci
 from ldm_deploy.eval.quality import compare_images, constant_images, flat_reason, nothing_measured
+from ldm_deploy.eval.sketch import sketch_images
 from ldm_deploy.models.sources import weight_files
 
 COARSEST_FIRST = ("w4", "w8", "int8", "mixed", "bf16", "fp16", "fp32")  # a variant is named after its coarsest engine
@@ -134,12 +135,16 @@ def _sibling(
 def add_quality(row: Row, found: Measured, grid: Grid, lpips: Lpips, seed: int) -> None:
     """Fill in `quality` and `images`; a variant that draws flat images where the baseline does not has failed."""
     name = row["name"]
+    if name in found.images:
+        sketches = zip(grid.pairs, sketch_images(found.images[name]), strict=True)
+        row["images"] = [{"prompt": prompt, "seed": number, "sketch": text} for (prompt, number), text in sketches]
     if name not in found.images or BASELINE not in found.images:
         whose = name if name not in found.images else BASELINE
         row["quality"] = nothing_measured(f"{whose} drew no images; its row says why", lpips)
         return
     reference, candidate = found.images[BASELINE], found.images[name]
-    row["quality"], row["images"] = compare_images(reference, candidate, grid.pairs, lpips, seed=seed)
+    row["quality"], entries = compare_images(reference, candidate, grid.pairs, lpips, seed=seed)
+    row["images"] = [entry | sketched for entry, sketched in zip(entries, row["images"], strict=True)]
     flat = flat_reason(constant_images(candidate, grid.pairs), constant_images(reference, grid.pairs))
     if flat is not None:
         row |= {"status": "failed", "reason": flat}

@@ -245,7 +245,7 @@ def eval_(
     directory: Annotated[Path, Argument(metavar="DIR", help="A bundle, a reference or a folder of images.")],
     budget: Budget = None,
     reference: Annotated[Path | None, Option("--reference", metavar="DIR", help="The fp32 model, or images.")] = None,
-    against: Annotated[Path | None, Option("--against", metavar="REPORT.json", help="Not built yet.")] = None,
+    against: Annotated[Path | None, Option("--against", metavar="REPORT.json", help="An earlier result.")] = None,
     data: Annotated[str | None, Option("--data", metavar="PATH", help="Images of your own to reconstruct.")] = None,
     out: Annotated[Path | None, Option("--out", metavar="DIR", help="For the report (DIR.report).")] = None,
     processes: Annotated[int | None, Option("--processes", min=1, help="To compare images with.")] = None,
@@ -254,14 +254,15 @@ def eval_(
 ) -> Result:  # fmt: skip
     """Measure every variant and check the budget.
 
-    Quality, latency, memory and size against the fp32 reference in torch, with the same seeds. Of a folder of images:
-    their quality against the images of the same names in --reference.
+    Quality, latency, memory and size against the fp32 reference in torch, with the same seeds; with --against also
+    against an earlier report.json of this bundle, and exit 3 if it was better. Of a folder of images: their quality
+    against the images of the same names in --reference.
     """
-    if against is not None:
-        raise StageMissingError("--against is not built yet; compare the two report.json files yourself")
     from ldm_deploy.eval import reconstruction
 
     if (directory / "model.json").is_file():
+        if against is not None:
+            raise ConfigError(f"{directory} is a reference, and --against compares bundles; leave it out")
         from ldm_deploy.eval.reference import score_reference
 
         images = data or os.environ.get("LDM_DEPLOY_DATA")
@@ -285,10 +286,14 @@ def eval_(
         print("\n".join(folders.describe(report)))
         return report, folders.exit_code(report)
     from ldm_deploy.eval.compare import evaluate_bundle
+    from ldm_deploy.eval.regression import read_stored
     from ldm_deploy.eval.report import exit_code, print_table, write_report
 
     limits = load_budget(budget)
-    report = evaluate_bundle(directory, reference=reference, budget=limits, threads=threads, seed=seed, images=data)
+    stored = None if against is None else read_stored(against)
+    report = evaluate_bundle(
+        directory, reference=reference, budget=limits, threads=threads, seed=seed, images=data, against=stored
+    )
     write_report(report, report_dir)
     print_table(report)
     for row in (report["baseline"], *report["variants"]) if data is not None else ():

@@ -67,27 +67,9 @@ def bundle(tiny: ModuleType, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def evaluate(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Evaluation]:
-    """`evaluate_bundle` with a copy of the toy bundle as its baseline (a torch reference would take half a minute)."""
-    import shutil
-
-    from safetensors.numpy import save_file
-
-    shutil.copytree(bundle, tmp_path / "original")
-    reference = tmp_path / "reference"
-    reference.mkdir()
-    save_file({"weight": np.zeros(300, np.float16)}, str(reference / "unet.safetensors"))
-    (reference / "model.json").write_text(
-        json.dumps({"format": 1, "sampling": {"sampler": "ddim", "steps": 3, "guidance_scale": 2.0}})
-    )
-    monkeypatch.setattr(compare, "find_reference", lambda *_: (reference, None))
-    measure = compare.measure
-
-    def with_stand_in(specs: dict[str, Any], *arguments: Any, **options: Any) -> Any:
-        specs[BASELINE] = {"kind": "variant", "bundle": str(tmp_path / "original"), "variant": FP32}
-        return measure(specs, *arguments, **options)
-
-    monkeypatch.setattr(compare, "measure", with_stand_in)
+def evaluate(bundle: Path, stand_in_baseline: Callable[[Path], None]) -> Callable[..., Evaluation]:
+    """`evaluate_bundle` with a copy of the toy bundle as its baseline."""
+    stand_in_baseline(bundle)
     return lambda **options: evaluate_bundle(bundle, prompts=PROMPTS, seeds=[0, 1], threads=1, **options)
 
 
