@@ -84,7 +84,7 @@ def test_equal_engines_draw_equal_images_and_the_row_says_so(evaluate: Callable[
     assert row["status"] == "ok"
     assert row["quality"]["psnr_db"] == {
         "mean": 100.0, "worst": 100.0, "worst_image": {"prompt": "red apple", "seed": 0}, "ci95": [100.0, 100.0],
-        "n": 4, "reason": None, "peak": 255, "identical": 4,
+        "n": 4, "reason": None, "peak": 255, "identical": 4, "pooled": {"value": 100.0, "ci95": [100.0, 100.0]},
     }  # fmt: skip
     assert row["quality"]["ssim"]["mean"] == pytest.approx(1)
     assert row["latency_ms"]["samples"] == report["baseline"]["latency_ms"]["samples"] == 4
