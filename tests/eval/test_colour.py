@@ -67,7 +67,7 @@ def test_half_a_grey_level_before_rounding_is_seen_where_psnr_sees_nothing() -> 
     """The planted fault: continuous images, one with half a grey level more of red before both are rounded."""
     rng = np.random.default_rng(0)
     exact = rng.uniform(0, 254, (8, 64, 64, 3))
-    shifted = exact + [0.5, 0, 0]
+    shifted = exact + np.array([0.5, 0, 0])
     shift = colour_shift_each(np.round(exact).astype(np.uint8), np.round(shifted).astype(np.uint8))
     np.testing.assert_allclose(shift[:, 0], 0.5, atol=0.04)
     np.testing.assert_array_equal(shift[:, 1:], 0)

@@ -89,7 +89,8 @@ def test_the_kernel_distance_is_the_sum_over_pairs() -> None:
         return float((x @ y + 1) ** 3)
 
     terms = [
-        kernel(first[i], first[j]) + kernel(second[i], second[j]) - kernel(first[i], second[j]) - kernel(first[j], second[i])
+        kernel(first[i], first[j]) + kernel(second[i], second[j])
+        - kernel(first[i], second[j]) - kernel(first[j], second[i])
         for i in range(9) for j in range(9) if i != j
     ]  # fmt: skip
     sums = KernelSum()
