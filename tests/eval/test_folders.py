@@ -299,7 +299,7 @@ class TestCommandLine:
         reference, candidate = pair
         out = tmp_path / "report"
         done = ldm_deploy_cli("eval", candidate, "--reference", reference, "--out", out)
-        assert (done.code, done.err) == (0, "")
+        assert done.code == 0, done.err  # progress may be told there
         assert f"{candidate} against {reference}: {COUNT} images" in done.out
         assert "lpips: not measured: no weights" in done.out
         report = json.loads((out / "report.json").read_text())
