@@ -146,7 +146,9 @@ def test_an_engine_that_returns_nan_is_a_failed_row_that_names_it(
 def test_a_decoder_that_returns_nan_is_a_failed_row_that_names_it(
     tiny: ModuleType, bundle: Path, evaluate: Callable[..., Evaluation]
 ) -> None:
-    add_variant(tiny, bundle, "vae_decoder", lambda model: set_constant(model, "kernel", lambda kernel: kernel * np.nan))
+    add_variant(
+        tiny, bundle, "vae_decoder", lambda model: set_constant(model, "kernel", lambda kernel: kernel * np.nan)
+    )
     row = next(row for row in evaluate()["variants"] if row["name"] == INT8)
     assert row["status"] == "failed"
     assert "vae_decoder returned values that are not finite" in row["reason"]
