@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -28,7 +29,13 @@ BACKBONES = {
 BATCH = 64  # images per forward pass; bounds the memory at about 30 MB for 64x64 images
 
 
+WEIGHTS = "LDM_DEPLOY_LPIPS_WEIGHTS"  # environment: a file of one's own, or a folder of files named as torchvision's
+
+
 def _weights_file(backbone: str) -> Path:
+    own = os.environ.get(WEIGHTS)
+    if own:
+        return Path(own) / BACKBONES[backbone] if Path(own).is_dir() else Path(own)
     import torch
 
     return Path(torch.hub.get_dir()) / "checkpoints" / BACKBONES[backbone]
@@ -59,7 +66,7 @@ class Lpips:
         if not file.is_file():
             self.reason = (
                 f"no weights of the LPIPS backbone: {file} is not there; "
-                "run `make setup` with a network, or put the file there, or set TORCH_HOME"
+                f"run `make setup` with a network, or put the file there, or name it: {WEIGHTS}=FILE"
             )
             return
         try:

@@ -51,9 +51,8 @@ def compare_images(
 def measure_pairs(reference: np.ndarray, candidate: np.ndarray, lpips: Lpips | None) -> tuple[Arrays, dict[str, str]]:
     """What is known of every pair by itself, so that pairs may be measured in any parts; and why the rest is not.
 
-    uint8 (n, H, W, 3) twice -> arrays with n rows: `mse` and `tile_mse` in squared grey levels, `tile_at` (top, left),
-    `psnr_db`, `ssim`, `ms_ssim`, `delta_e2000`, `colour_shift` (red, green, blue), `lpips`, and `reference_features`
-    and `candidate_features` for distances between sets.
+    uint8 (n, H, W, 3) twice -> arrays with n rows: `mse` in squared grey levels, the `METRICS`, `tile_at` (top, left),
+    `colour_shift` (red, green, blue), and `reference_features` and `candidate_features` for distances between sets.
     """
     measures: dict[str, Callable[[], Arrays]] = {
         "psnr_db": lambda: _errors(reference, candidate),
@@ -84,7 +83,7 @@ def _errors(reference: np.ndarray, candidate: np.ndarray) -> Arrays:
 
 def _tiles(reference: np.ndarray, candidate: np.ndarray) -> Arrays:
     mse, place = worst_tile_each(reference, candidate)
-    return {"tile_mse": mse, "tile_at": place, "tile_psnr_db": psnr_db_of(mse, peak=PEAK)}
+    return {"tile_at": place, "tile_psnr_db": psnr_db_of(mse, peak=PEAK)}
 
 
 def _lpips(reference: np.ndarray, candidate: np.ndarray, lpips: Lpips) -> Arrays:

@@ -28,7 +28,7 @@ from ldm_deploy.errors import ConfigError, EvaluationError
 from ldm_deploy.eval.image_files import Size, read_images
 from ldm_deploy.eval.quality import Arrays, flat_each, measure_pairs
 
-FORMAT = 1
+FORMAT = 1  # of a shard file
 SHARD = 256  # pairs; what is lost at most when a run is killed
 BATCH_PIXELS = 2**18  # read and compared at once: 64 pairs of 64x64, one of 512x512
 

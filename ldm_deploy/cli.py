@@ -273,11 +273,10 @@ def eval_(
             print("\n".join(reconstruction.describe(directory.name, record)))
             return {"format": 1, "reconstruction": record}, 0
         return score_reference(directory, images), 0
+    from ldm_deploy.eval import folders
     from ldm_deploy.eval.budget import load_budget
 
     report_dir = out or directory.absolute().with_name(directory.absolute().name + ".report")
-    from ldm_deploy.eval import folders
-
     if folders.is_meant(directory, reference):
         if reference is None:
             raise ConfigError(
@@ -289,6 +288,8 @@ def eval_(
         )  # fmt: skip
         print("\n".join(folders.describe(report)))
         return report, folders.exit_code(report)
+    if processes is not None or ray is not None:
+        raise ConfigError(f"--processes and --ray are for two folders of images, and {directory} is none")
     from ldm_deploy.eval.compare import evaluate_bundle
     from ldm_deploy.eval.regression import read_stored
     from ldm_deploy.eval.report import exit_code, print_table, write_report

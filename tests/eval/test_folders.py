@@ -126,7 +126,6 @@ def test_a_ray_cluster_of_two_workers_gives_the_same_bits(pair: tuple[Path, Path
 
 
 @pytest.mark.usefixtures("without_lpips")
-@pytest.mark.skipif("ray" in sys.modules, reason="ray is here")
 def test_without_ray_the_message_says_what_to_install(
     pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -358,6 +357,13 @@ class TestCommandLine:
         assert message in done.err
         assert done.err.count("\n") == 1
         assert not (tmp_path / "out").exists()
+
+    def test_what_is_for_folders_is_refused_for_a_bundle(
+        self, ldm_deploy_cli: Callable[..., Any], tmp_path: Path
+    ) -> None:
+        for option in (("--processes", "2"), ("--ray", "auto")):
+            done = ldm_deploy_cli("eval", tmp_path / "bundle", *option)
+            assert (done.code, "--processes and --ray are for two folders of images" in done.err) == (2, True)
 
     def test_a_folder_of_images_needs_what_to_compare_with(
         self, ldm_deploy_cli: Callable[..., Any], pair: tuple[Path, Path]

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ldm_deploy.eval.lpips_distance import BACKBONES, Lpips
+from ldm_deploy.eval.lpips_distance import BACKBONES, WEIGHTS, Lpips
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +100,7 @@ def test_absent_weights_are_a_reason_with_the_remedy_and_nothing_is_downloaded(
 
     monkeypatch.setattr("socket.socket.connect", refuse)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.delenv(WEIGHTS, raising=False)
     lpips = Lpips("squeeze")
     assert not lpips.available
     assert lpips.weights_sha256 is None
@@ -108,6 +109,40 @@ def test_absent_weights_are_a_reason_with_the_remedy_and_nothing_is_downloaded(
     assert "run `make setup`" in str(lpips.reason)
     with pytest.raises(RuntimeError, match="LPIPS cannot be computed: no weights"):
         lpips(noise(1), noise(1))
+
+
+@pytest.mark.parametrize("how", ["file", "folder"])
+def test_weights_may_be_named_by_their_path(
+    squeeze: Lpips, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    import torch
+
+    original = Path(torch.hub.get_dir()) / "checkpoints" / BACKBONES["squeeze"]
+    own = tmp_path / ("mine.pth" if how == "file" else BACKBONES["squeeze"])
+    shutil.copyfile(original, own)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
+    monkeypatch.setenv(WEIGHTS, str(own if how == "file" else tmp_path))
+    lpips = Lpips("squeeze")
+    assert lpips.weights_sha256 == squeeze.weights_sha256
+    np.testing.assert_array_equal(lpips(noise(2), noise(2, seed=1)), squeeze(noise(2), noise(2, seed=1)))
+    own.unlink()
+    assert f"{own} is not there" in str(Lpips("squeeze").reason)
+    assert f"or name it: {WEIGHTS}=FILE" in str(Lpips("squeeze").reason)
+
+
+def test_features_of_sets_are_of_unit_length_at_most_and_come_with_the_distance(squeeze: Lpips) -> None:
+    import torch
+
+    one, other = noise(3), noise(3, seed=1)
+    distance, first, second = squeeze.compare(one, other)
+    np.testing.assert_array_equal(distance, squeeze(one, other))
+    assert first.shape == second.shape == (3, 512)
+    with torch.inference_mode():
+        scaled = squeeze.network().scaling_layer(torch.from_numpy(other).permute(0, 3, 1, 2).float() / 127.5 - 1)
+        last = squeeze.network().net(scaled)[-1]
+    expected = (last / last.square().sum(1, keepdim=True).sqrt()).mean((2, 3)).numpy()
+    np.testing.assert_allclose(second, expected, atol=1e-5)
+    assert np.linalg.norm(first, axis=1).max() <= 1
 
 
 @pytest.mark.parametrize("damage", ["cut", "other model", "text"])
