@@ -44,7 +44,7 @@ def quality_rows(quality: Mapping[str, Any]) -> list[tuple[list[str], list[str]]
     for key, figure in quality.items():
         label = LABELS.get(key, Label(key))
         place = figure.get("worst_image") or {}
-        where = f"{place['prompt']}, seed {place['seed']}" if place else DASH
+        where = place.get("file") or (f"{place['prompt']}, seed {place['seed']}" if place else DASH)
         better = {True: "; more is better", False: "; less is better", None: ""}[label.more]
         meaning = f"not measured: {figure['reason']}" if figure.get("reason") else label.meaning + better
         rest = [f"{name}: {_plain(value)}" for name, value in figure.items() if name not in SHOWN and value is not None]

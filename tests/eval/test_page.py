@@ -260,3 +260,17 @@ def test_a_shift_of_colour_has_a_row_for_each_channel(case: Any) -> None:
     found = {line[0].removeprefix("colour shift, "): line[1] for line in cells[3:]}  # fp32 comes first
     assert found == {name: f"{value:.3f}" for name, value in expected.items()}
     assert all(" to " in line[2] for line in cells)
+
+
+def test_a_reconstruction_has_a_table_of_its_own_and_the_file_that_is_worst(report_in: Report) -> None:
+    result = json.loads(json.dumps(report_in("all well")))
+    figure = {"mean": 31.25, "worst": 20.5, "ci95": [30.0, 32.0], "n": 3, "reason": None}
+    figure["worst_image"] = {"file": "a.png"}
+    done = {"images": 3, "size": [64, 48], "reason": None, "quality": {"psnr_db": figure}}
+    result["baseline"]["reconstruction"] = done
+    result["variants"][0]["reconstruction"] = done | {"quality": None, "reason": "it returned NaN"}
+    page = Page(to_html(result))
+    assert page.text.count("Reconstruction of 3 images of 64x48") == 2
+    (cells,) = (row for row in page.rows if row[5:6] == ["a.png"])
+    assert cells[:5] == ["PSNR, dB", "31.2", "30.0 to 32.0", "20.5", "3"]
+    assert "not measured: it returned NaN" in page.text
