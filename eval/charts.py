@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from xml.etree import ElementTree
 
 WIDTH = 480
-LEFT, RIGHT, TOP, BOTTOM = 62, 14, 14, 52  # around the plot, for the labels of the axes
+LEFT, RIGHT, TOP, BOTTOM = 74, 14, 14, 52  # around the plot, for the labels of the axes
 RADIUS = 6
 
 Interval = tuple[float, float]
@@ -117,14 +117,12 @@ def pareto_chart(
     ys = [p.y for p in points] + [v for p in points for v in p.y_range or ()] + ([] if limit is None else [limit])
     x = scale(xs, LEFT, WIDTH - RIGHT, zero=True, log=True)
     y = scale(ys, bottom, TOP) if more else scale(ys, TOP, bottom, zero=True)
-    direction = "more is better" if more else "less is better: upside down"
-    chart = Drawing(f"{quality} against latency", x, y, "ms per image, less is better", f"{quality} ({direction})")
+    better = f"{quality}, {'more' if more else 'less'} is better"
+    chart = Drawing(f"{quality} against latency", x, y, "ms per image, less is better", better)
     if limit is not None:
         chart.line([(x.start, y(limit)), (x.end, y(limit))], "limit")
-        chart.text(x.start + 6, y(limit) - 6, "limit", "start")
     if baseline_ms is not None:
         chart.line([(x(baseline_ms), bottom), (x(baseline_ms), TOP)], "limit")
-        chart.text(x(baseline_ms) - 5, bottom - 7, "baseline", "end")
     stairs: list[Place] = []
     for point in pareto_front(points, more=more):
         if stairs:
@@ -136,6 +134,10 @@ def pareto_chart(
             chart.line([(x(value), y(point.y)) for value in point.x_range], "spread")
         if point.y_range:
             chart.line([(x(point.x), y(value)) for value in point.y_range], "spread")
+    if limit is not None:
+        chart.text(x.start + 6, y(limit) - 6, "limit", "start")
+    if baseline_ms is not None:
+        chart.text(x(baseline_ms) - 5, bottom - 7, "baseline", "end")
     taken = [(x(p.x), y(p.y)) for p in points]
     for number, point in enumerate(points, 1):
         here = x(point.x), y(point.y)

@@ -34,7 +34,7 @@ SHOWN = 8  # prompts that are open at first
 PLACED = (
     "name", "runtime", "device", "precision", "status", "reason", "steps", "guidance_scale", "sampler", "components",
     "quality", "images", "latency_ms", "load_ms", "speedup", "comparisons", "peak_memory_bytes", "size_bytes", "gates",
-    "refused",
+    "refused", "reconstruction",
 )  # fmt: skip
 
 

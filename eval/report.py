@@ -82,7 +82,10 @@ def print_table(result: Mapping[str, Any]) -> None:
     for row, gate in open_gates(result):
         optional = "" if gate["required"] else " (not required)"
         console.print(f"{row['name']}: {gate['name']} {gate['result']}{optional}: {gate['reason']}")
-    console.print(f"chosen: {result['chosen'] or 'none'}. {result['why']}")
+    why, *others = reasons(result)
+    console.print(f"chosen: {result['chosen'] or 'none'}. {why}")
+    for sentence in others:
+        console.print(sentence)
     if "against" in result:
         console.print(result["against"]["note"])
 

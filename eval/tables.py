@@ -28,7 +28,7 @@ LABELS = {
     "lpips": Label("LPIPS", 4, False, "perceptual distance, 0 for equal images"),
     "delta_e2000": Label("ΔE2000", 3, False, "mean difference in colour; about 1 is just noticeable"),
     "tile_psnr_db": Label("worst tile, dB", 1, True, "PSNR of each image's worst tile"),
-    "colour_shift": Label("colour shift", 3, None, "signed grey levels of red / green / blue, best near 0"),
+    "colour_shift": Label("colour shift", 3, None, "signed, in grey levels; best near 0"),
     "frechet_distance": Label("Fréchet distance", 4, False, "between the sets of images"),
     "kernel_distance": Label("kernel distance", 6, False, "between the sets of images"),
 }
@@ -36,23 +36,25 @@ SHOWN = ("mean", "value", "ci95", "worst", "n", "worst_image", "reason", "peak")
 
 
 def quality_rows(quality: Mapping[str, Any]) -> list[tuple[list[str], list[str]]]:
-    """Per figure: its name, mean, interval, worst, number of images, worst image, meaning or reason; and what else."""
+    """Per figure: its name, mean, interval, worst, number of images, worst image, meaning or reason; and what else.
+
+    A figure of three channels has a row for each.
+    """
     rows = []
     for key, figure in quality.items():
         label = LABELS.get(key, Label(key))
-        better = {True: "; more is better", False: "; less is better", None: ""}[label.more]
         place = figure.get("worst_image") or {}
-        cells = [
-            label.name,
-            _numbers(figure.get("mean", figure.get("value")), label.digits),
-            _interval(figure.get("ci95"), label.digits),
-            _numbers(figure.get("worst"), label.digits),
-            str(figure.get("n", DASH)),
-            f"{place['prompt']}, seed {place['seed']}" if place else DASH,
-            f"not measured: {figure['reason']}" if figure.get("reason") else label.meaning + better,
-        ]
+        where = place.get("file") or (f"{place['prompt']}, seed {place['seed']}" if place else DASH)
+        better = {True: "; more is better", False: "; less is better", None: ""}[label.more]
+        meaning = f"not measured: {figure['reason']}" if figure.get("reason") else label.meaning + better
         rest = [f"{name}: {_plain(value)}" for name, value in figure.items() if name not in SHOWN and value is not None]
-        rows.append((cells, rest))
+        mean, worst, interval = figure.get("mean", figure.get("value")), figure.get("worst"), figure.get("ci95")
+        parts = [("", mean, interval, worst)]
+        if isinstance(mean, list):
+            parts = list(zip((", red", ", green", ", blue"), mean, interval or [None] * 3, worst, strict=True))
+        for suffix, *values in parts:
+            cells = [_number(value, label.digits) for value in values]
+            rows.append(([label.name + suffix, *cells, str(figure.get("n", DASH)), where, meaning], rest))
     return rows
 
 
@@ -61,21 +63,16 @@ def _plain(value: Any) -> str:
         return ", ".join(f"{name} {_plain(inner)}" for name, inner in value.items())
     if isinstance(value, list):
         return ", ".join(map(_plain, value))
-    return f"{value:.5g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.5g}"
+    return f"{value[:12]}…" if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else str(value)
 
 
-def _numbers(value: Any, digits: int) -> str:
-    """A number, or one of each channel."""
+def _number(value: Any, digits: int) -> str:
+    """A number or an interval."""
     if value is None:
         return DASH
-    return " / ".join(f"{number:.{digits}f}" for number in (value if isinstance(value, list) else [value]))
-
-
-def _interval(value: Any, digits: int) -> str:
-    if value is None:
-        return DASH
-    intervals = value if isinstance(value[0], list) else [value]
-    return " / ".join(f"{low:.{digits}f} to {high:.{digits}f}" for low, high in intervals)
+    return " to ".join(f"{end:.{digits}f}" for end in (value if isinstance(value, list) else [value]))
 
 
 def table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:

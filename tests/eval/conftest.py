@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ldm_deploy.eval.compare import PROTOCOL, Evaluation, judge
 from ldm_deploy.eval.grid import Grid
 from ldm_deploy.eval.machine import machine
 from ldm_deploy.eval.measure import BASELINE, Measured
+from tests.eval.states import prepare
 
 FP32, INT8 = "fp32-onnxruntime-cpu", "int8-onnxruntime-cpu"
 GRID = Grid(("red apple", "<b>sun</b> & co"), (0, 1))
@@ -124,6 +126,18 @@ def stand_in_baseline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
         monkeypatch.setattr(compare, "measure", with_stand_in)
 
     return use
+
+
+@pytest.fixture(scope="session")
+def report_in(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Evaluation]:
+    """The report in one of the states of `states.py`. Made once, for tests that only read it."""
+
+    @cache
+    def make(state: str) -> Evaluation:
+        report: Evaluation = prepare(Case(tmp_path_factory.mktemp("toy")), state)
+        return report
+
+    return make
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ldm_deploy.eval.measure import BASELINE
+from tests.eval.studies import sensitivity, timestep_error
 
 INT8 = "int8-onnxruntime-cpu"
 REFUSED = {
@@ -24,7 +25,10 @@ def prepare(case: Any, state: str) -> Any:
         case.lose(BASELINE, "its worker died")
     elif state == "empty":
         case.data["variants"] = []
-    return case.report()
+    result = case.report()
+    if state == "studies":
+        result.studies = {"sensitivity": sensitivity(), "timestep_error": timestep_error()}
+    return result
 
 
-STATES = ["all well", "refused", "variant failed", "baseline failed", "empty"]
+STATES = ["all well", "studies", "refused", "variant failed", "baseline failed", "empty"]

@@ -123,7 +123,7 @@ def test_names_are_text_and_axes_have_units() -> None:
     assert "w4 &lt;&amp;&gt;" in text
     svg = ElementTree.fromstring(text)
     names = [element.text for element in svg.iter("text") if element.get("class") == "name"]
-    assert names == ["ms per image, less is better", "PSNR, dB (more is better)"]
+    assert names == ["ms per image, less is better", "PSNR, dB, more is better"]
     assert svg.get("role") == "img"
     assert svg.get("aria-label") == "Chart: PSNR, dB against latency"
 

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import re
+from collections.abc import Callable
 from html.parser import HTMLParser
 from typing import Any
 
@@ -14,11 +15,12 @@ import numpy as np
 import pytest
 
 from ldm_deploy.eval import page as page_module
+from ldm_deploy.eval.compare import Evaluation
 from ldm_deploy.eval.measure import BASELINE
 from ldm_deploy.eval.page import to_html
-from tests.eval.states import STATES, prepare
-from tests.eval.studies import sensitivity, timestep_error
+from tests.eval.states import STATES
 
+Report = Callable[[str], Evaluation]
 FP32, INT8 = "fp32-onnxruntime-cpu", "int8-onnxruntime-cpu"
 
 
@@ -61,16 +63,9 @@ class Page(HTMLParser):
         return [attributes for tag, attributes in self.tags if tag == name]
 
 
-def everything(case: Any) -> Any:
-    """A report that has all a page can show."""
-    result = case.report()
-    result.studies = {"sensitivity": sensitivity(), "timestep_error": timestep_error()}
-    return result
-
-
-@pytest.mark.parametrize("state", [*STATES, "everything"])
-def test_the_page_is_whole_and_needs_no_network(case: Any, state: str) -> None:
-    text = to_html(everything(case) if state == "everything" else prepare(case, state))
+@pytest.mark.parametrize("state", STATES)
+def test_the_page_is_whole_and_needs_no_network(report_in: Report, state: str) -> None:
+    text = to_html(report_in(state))
     page = Page(text)
     assert page.open == []
     assert "http" not in text.replace("http-equiv=", "")
@@ -88,8 +83,8 @@ def test_the_page_is_whole_and_needs_no_network(case: Any, state: str) -> None:
         assert attributes.get("for") is None or attributes["for"] in identifiers
 
 
-def test_only_our_own_script_may_run_and_nothing_may_be_fetched(case: Any) -> None:
-    page = Page(to_html(case.report()))
+def test_only_our_own_script_may_run_and_nothing_may_be_fetched(report_in: Report) -> None:
+    page = Page(to_html(report_in("all well")))
     assert len(page.all("script")) == 1
     digest = base64.b64encode(hashlib.sha256(page.script.encode()).digest()).decode()
     (policy,) = (meta["content"] for meta in page.all("meta") if meta.get("http-equiv") == "Content-Security-Policy")
@@ -101,9 +96,9 @@ def test_only_our_own_script_may_run_and_nothing_may_be_fetched(case: Any) -> No
     assert set(rules) == {"default-src", "script-src", "img-src", "style-src", "base-uri", "form-action"}
 
 
-@pytest.mark.parametrize("state", [*STATES, "everything"])
-def test_what_can_be_used_can_be_used_with_a_keyboard_and_is_named(case: Any, state: str) -> None:
-    page = Page(to_html(everything(case) if state == "everything" else prepare(case, state)))
+@pytest.mark.parametrize("state", STATES)
+def test_what_can_be_used_can_be_used_with_a_keyboard_and_is_named(report_in: Report, state: str) -> None:
+    page = Page(to_html(report_in(state)))
     for tag, attributes in page.tags:
         if tag == "img":
             assert attributes["alt"]
@@ -124,13 +119,15 @@ def test_what_can_be_used_can_be_used_with_a_keyboard_and_is_named(case: Any, st
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_the_choice_comes_first_and_every_variant_and_gate_is_there(case: Any, state: str) -> None:
-    result = prepare(case, state)
+def test_the_choice_comes_first_and_every_variant_and_gate_is_there(report_in: Report, state: str) -> None:
+    result = report_in(state)
     page = Page(to_html(result))
     title = f"Chosen: {result['chosen']}" if result["chosen"] else "No variant was chosen"
     sections = [attributes["id"] for attributes in page.all("h2")]
-    expected = ["trade", "variants", "images", "gates", "figures", "conditions"]
-    assert sections == [name for name in expected if name != "trade" or page.all("svg")]
+    always = ["variants", "images", "gates", "figures"]
+    trade = ["trade"] if page.all("svg") else []
+    studies = ["layers", "timesteps"] if state == "studies" else []
+    assert sections == [*trade, *always, *studies, "conditions"]
     places = [page.text.index(text) for text in (title, *result["why"].split(" Not chosen: "), "All variants")]
     assert places == sorted(places)
     cells = [[" ".join(cell.split()) for cell in row] for row in page.rows]
@@ -157,8 +154,8 @@ def test_gates_that_did_not_pass_come_first(case: Any) -> None:
     assert results[-1] == "✓"
 
 
-def test_prompts_are_text_not_markup(case: Any) -> None:
-    text = to_html(case.report())
+def test_prompts_are_text_not_markup(report_in: Report) -> None:
+    text = to_html(report_in("all well"))
     assert "<b>sun" not in text
     assert "<b>sun</b> & co, seed 1" in Page(text).text
 
@@ -170,8 +167,8 @@ def decoded(uri: str) -> np.ndarray:
         return np.asarray(image)
 
 
-def test_every_image_is_in_the_page_once_and_unchanged(case: Any) -> None:
-    result = case.report()
+def test_every_image_is_in_the_page_once_and_unchanged(report_in: Report) -> None:
+    result = report_in("all well")
     text = to_html(result)
     page = Page(text)
     # fp32 draws what the baseline draws: it is not embedded again.
@@ -204,20 +201,18 @@ def test_the_worst_images_come_first_and_stay_when_not_all_fit(case: Any, monkey
     assert "3 of 4 prompts and seeds are left out" in small.text
 
 
-def test_without_a_baseline_there_is_nothing_to_compare_with(case: Any) -> None:
-    case.lose(BASELINE, "gone")
-    page = Page(to_html(case.report()))
+def test_without_a_baseline_there_is_nothing_to_compare_with(report_in: Report) -> None:
+    page = Page(to_html(report_in("baseline failed")))
     assert len(page.all("img")) == 4 * 2
     assert page.all("input") == []
     assert "the reference" not in page.text
 
 
-def test_studies_are_shown_where_they_are_and_not_mentioned_where_they_are_not(case: Any) -> None:
-    result = case.report()
-    before = Page(to_html(result))
+def test_studies_are_shown_where_they_are_and_not_mentioned_where_they_are_not(report_in: Report) -> None:
+    before = Page(to_html(report_in("all well")))
     assert "Sensitivity" not in before.text
     assert "trajectory" not in before.text
-    page = Page(to_html(everything(case)))
+    page = Page(to_html(report_in("studies")))
     layers = [row for row in page.rows if len(row) == 8 and row[2] == "Conv"]
     # The most sensitive first; what was not measured last, with its reason.
     assert [row[0] for row in layers] == ["conv_in", "mid.attention", "mid.conv", "conv_out", "mid.norm"]
@@ -234,8 +229,8 @@ def test_studies_are_shown_where_they_are_and_not_mentioned_where_they_are_not(c
     assert circles.count("dot first hollow") == 2 + 2
 
 
-def test_figures_that_the_page_does_not_know_are_shown_as_they_are(case: Any) -> None:
-    result = json.loads(json.dumps(dict(case.report())))
+def test_figures_that_the_page_does_not_know_are_shown_as_they_are(report_in: Report) -> None:
+    result = json.loads(json.dumps(report_in("all well")))
     row = result["variants"][1]
     row["cold_start"] = {"import_ms": 812.25, "stable": True, "note": "<first>", "nothing": None}
     row["throughput"] = [{"batch": 1, "images_per_s": 2.5}, {"batch": 4, "images_per_s": 3.25}]
@@ -249,8 +244,33 @@ def test_figures_that_the_page_does_not_know_are_shown_as_they_are(case: Any) ->
         assert expected in text
 
 
-def test_charts_are_left_out_where_there_are_no_figures(case: Any) -> None:
-    case.lose(BASELINE, "gone")
-    page = Page(to_html(case.report()))
+def test_charts_are_left_out_where_there_are_no_figures(report_in: Report) -> None:
+    page = Page(to_html(report_in("baseline failed")))
     assert page.all("svg") == []
     assert "Pareto" not in page.text
+
+
+def test_a_shift_of_colour_has_a_row_for_each_channel(case: Any) -> None:
+    case.found.images[INT8][..., 2] ^= 3  # of blue alone
+    result = case.report()
+    row = next(row for row in result["variants"] if row["name"] == INT8)
+    expected = dict(zip(("red", "green", "blue"), row["quality"]["colour_shift"]["mean"], strict=True))
+    assert len({f"{value:.3f}" for value in expected.values()}) > 1
+    cells = [line for line in Page(to_html(result)).rows if line[0].startswith("colour shift, ")]
+    found = {line[0].removeprefix("colour shift, "): line[1] for line in cells[3:]}  # fp32 comes first
+    assert found == {name: f"{value:.3f}" for name, value in expected.items()}
+    assert all(" to " in line[2] for line in cells)
+
+
+def test_a_reconstruction_has_a_table_of_its_own_and_the_file_that_is_worst(report_in: Report) -> None:
+    result = json.loads(json.dumps(report_in("all well")))
+    figure = {"mean": 31.25, "worst": 20.5, "ci95": [30.0, 32.0], "n": 3, "reason": None}
+    figure["worst_image"] = {"file": "a.png"}
+    done = {"images": 3, "size": [64, 48], "reason": None, "quality": {"psnr_db": figure}}
+    result["baseline"]["reconstruction"] = done
+    result["variants"][0]["reconstruction"] = done | {"quality": None, "reason": "it returned NaN"}
+    page = Page(to_html(result))
+    assert page.text.count("Reconstruction of 3 images of 64x48") == 2
+    (cells,) = (row for row in page.rows if row[5:6] == ["a.png"])
+    assert cells[:5] == ["PSNR, dB", "31.2", "30.0 to 32.0", "20.5", "3"]
+    assert "not measured: it returned NaN" in page.text

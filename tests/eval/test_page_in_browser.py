@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import pytest
 from ldm_deploy.eval.measure import BASELINE
 from ldm_deploy.eval.page import to_html
 from tests.eval.browser import NAMES, Browser, find_browser
-from tests.eval.studies import sensitivity, timestep_error
+from tests.eval.conftest import Case
+from tests.eval.states import prepare
 
 INT8 = "int8-onnxruntime-cpu"
 PHONE, DESKTOP = (390, 844), (1280, 1600)
@@ -28,23 +30,23 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
         yield started
 
 
-@pytest.fixture
-def result(case: Any) -> Any:
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A report with all a page can show; int8 is chosen, and differs by a few grey levels, in some pixels by 40."""
+    case = Case(tmp_path_factory.mktemp("toy"))
     rng = np.random.default_rng(1)
     reference = case.found.images[BASELINE].astype(int)
     changed = reference + rng.integers(-6, 7, reference.shape)
     changed[:, :2, :4] += 40
     case.found.images[INT8] = np.clip(changed, 0, 255).astype(np.uint8)
-    found = case.report()
+    found = prepare(case, "studies")
     assert found["chosen"] == INT8
-    found.studies = {"sensitivity": sensitivity(), "timestep_error": timestep_error()}
     return found
 
 
-@pytest.fixture
-def page(result: Any, tmp_path: Path) -> Path:
-    path = tmp_path / "report.html"
+@pytest.fixture(scope="module")
+def page(result: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("page") / "report.html"
     path.write_text(to_html(result), encoding="utf-8")
     return path
 
@@ -93,18 +95,20 @@ def test_the_page_fits_its_window_and_asks_nobody(
     assert 0.02 < (pixels != background).any(axis=-1).mean() < 0.9  # something is drawn, and not everywhere
 
 
-def test_a_page_that_did_fetch_would_be_caught(browser: Browser, page: Path) -> None:
+def test_a_page_that_did_fetch_would_be_caught(browser: Browser, page: Path, tmp_path: Path) -> None:
     address = "http://127.0.0.1:9/pixel.png"
-    page.write_text(page.read_text().replace("<main", f'<img src="{address}" alt="planted"><main', 1))
+    planted = tmp_path / "report.html"
+    planted.write_text(page.read_text().replace("<main", f'<img src="{address}" alt="planted"><main', 1))
     browser.requests.clear()
     browser.messages.clear()
-    browser.open(page)
+    browser.open(planted)
     assert any("Content Security Policy" in message and address in message for message in browser.messages)
 
 
-def test_an_injected_script_does_not_run(browser: Browser, page: Path) -> None:
-    page.write_text(page.read_text().replace("<main", "<script>document.title = 'taken'</script><main", 1))
-    browser.open(page)
+def test_an_injected_script_does_not_run(browser: Browser, page: Path, tmp_path: Path) -> None:
+    planted = tmp_path / "report.html"
+    planted.write_text(page.read_text().replace("<main", "<script>document.title = 'taken'</script><main", 1))
+    browser.open(planted)
     assert browser.run("document.title") != "taken"
 
 
@@ -158,7 +162,8 @@ def test_tables_sort_by_click_and_by_key_and_what_is_missing_stays_last(browser:
     assert sorts == [None, None, None, "descending", None, None, None, None, None]
 
 
-def test_numbers_sort_as_numbers(browser: Browser, result: Any, page: Path) -> None:
+def test_numbers_sort_as_numbers(browser: Browser, result: Any, tmp_path: Path) -> None:
+    result, page = copy.deepcopy(dict(result)), tmp_path / "report.html"
     for row, latency in zip(result["variants"], (1000.0, 9.0), strict=True):
         row["latency_ms"]["median"] = latency
     result["baseline"]["latency_ms"]["median"] = 45.0

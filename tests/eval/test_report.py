@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -9,19 +10,21 @@ from xml.etree import ElementTree
 import jsonschema
 import pytest
 
+from ldm_deploy.eval.compare import Evaluation
 from ldm_deploy.eval.measure import BASELINE
 from ldm_deploy.eval.page import to_html
 from ldm_deploy.eval.report import exit_code, print_table, schema, to_junit, to_markdown, write_report
-from tests.eval.states import STATES, prepare
+from tests.eval.states import STATES
 
+Report = Callable[[str], Evaluation]
 FP32, INT8 = "fp32-onnxruntime-cpu", "int8-onnxruntime-cpu"
 
 
 @pytest.mark.parametrize("state", STATES)
 def test_every_state_is_valid_and_can_be_shown(
-    case: Any, state: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    report_in: Report, state: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result = prepare(case, state)
+    result = report_in(state)
     write_report(result, tmp_path / "report")
     assert {file.name for file in (tmp_path / "report").iterdir()} == {
         "report.json", "report.html", "report.md", "junit.xml",
@@ -36,7 +39,7 @@ def test_every_state_is_valid_and_can_be_shown(
     assert "No images were kept" in to_html(stored)
 
 
-def test_the_schema_itself_is_valid_and_refuses_what_the_contract_forbids(case: Any) -> None:
+def test_the_schema_itself_is_valid_and_refuses_what_the_contract_forbids(report_in: Report) -> None:
     jsonschema.Draft202012Validator.check_schema(schema())
     validator = jsonschema.Draft202012Validator(schema())
     for damage in (
@@ -51,7 +54,7 @@ def test_the_schema_itself_is_valid_and_refuses_what_the_contract_forbids(case: 
         lambda report: report["variants"][0]["speedup"].pop("versus"),
         lambda report: report["protocol"].update(prompts_sha256="?"),
     ):
-        report = json.loads(json.dumps(dict(case.report())))
+        report = json.loads(json.dumps(report_in("all well")))
         validator.validate(report)
         damage(report)
         assert list(validator.iter_errors(report)), "a damaged report was accepted"
@@ -102,8 +105,8 @@ def test_markdown_is_short_and_names_every_gate_that_did_not_pass(case: Any) -> 
     assert len(lines) < 25
 
 
-def test_markdown_without_open_gates_has_no_table_of_them(case: Any) -> None:
-    result = json.loads(json.dumps(dict(case.report())))
+def test_markdown_without_open_gates_has_no_table_of_them(report_in: Report) -> None:
+    result = json.loads(json.dumps(report_in("all well")))
     for row in result["variants"]:
         row["gates"] = [gate | {"result": "pass", "reason": None} for gate in row["gates"]]
     text = to_markdown(result)
