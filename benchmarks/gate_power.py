@@ -9,8 +9,8 @@ With every processor to itself it takes about an hour. Exits 1 if a target is mi
 - `same engine twice`: the U-Net of the shipped reference in ONNX Runtime, fp32, two threads, the batch of two that
   guidance asks for, against itself. Every trial starts its own processes, so that their whims are sampled too.
 - `5 % slower`: the same, where every call of the candidate is followed by busy waiting for 5 % of its own time.
-- `int8: …` and `fp32: …`: whole variants of the shipped reference against their stored results, with a fault planted in
-  one engine (`planted_faults.py`) or with none and another number of threads; see `gate_power_quality.py`. Load does not
+- `int8: …`, `fp32: …`: whole variants of the shipped reference against stored results, with a fault planted in one
+  engine (`planted_faults.py`) or with none and another number of threads; see `gate_power_quality.py`. Load does not
   change images, so these are run without.
 - `elsewhere, int8: …`: as if the result had been stored on another machine, to show what can be told there.
 
@@ -46,8 +46,8 @@ FAULTS = ("a scale off by 10 %", "two channels swapped", "half a grey level")
 class Kind:
     """One kind of trial: `run(seed)` returns at least `result` (a gate's) and `seconds`.
 
-    `wanted`: what the gate should say, "fail" of a fault and "pass" of none. `count` trials for each of `loads`, of which
-    `least` must be caught, or at most `most` may be false alarms. None may take longer than `limit_s`.
+    `wanted`: what the gate should say, "fail" of a fault and "pass" of none. `count` trials for each of `loads`, of
+    which `least` must be caught, or at most `most` may be false alarms. None may take longer than `limit_s`.
     """
 
     name: str
@@ -192,9 +192,8 @@ def run_trials(path: Path, text: str, loads: tuple[str, ...], percent: float) ->
         with background_load(load == "on"):
             found = kind.run(number)
         append_trial(path, {"kind": kind.name, "load": load, "number": number, **found})
-        print(
-            f"{place + 1}/{len(missing)} {kind.name}, load {load}: {found['result']} in {found['seconds']:.1f} s", flush=True
-        )
+        told = f"{found['result']} in {found['seconds']:.1f} s"
+        print(f"{place + 1}/{len(missing)} {kind.name}, load {load}: {told}", flush=True)
 
 
 def show(path: Path) -> bool:
@@ -208,7 +207,8 @@ def show(path: Path) -> bool:
             own = [trial for trial in trials if (trial["kind"], trial["load"]) == (kind.name, load)]
             if not own:
                 continue
-            counts = {result: sum(trial["result"] == result for trial in own) for result in ("fail", "pass", "not measured")}
+            results = [trial["result"] for trial in own]
+            counts = {result: results.count(result) for result in ("fail", "pass", "not measured")}
             seconds = [trial["seconds"] for trial in own]
             if kind.wanted == "fail":
                 allowed = len(own) * (kind.count - kind.least) / kind.count

@@ -38,7 +38,7 @@ def figures(row: Row, baseline: Row) -> dict[str, Measured]:
 
 def quality_figures(quality: Mapping[str, Any]) -> dict[str, Measured]:
     """What the limits on images are compared with; `quality` as report.json has it."""
-    absent = {"mean": None, "worst": None, "ci95": None, "reason": "no images were compared"}
+    absent: dict[str, Any] = {"mean": None, "worst": None, "ci95": None, "reason": "no images were compared"}
     found = {}
     for name in ("psnr_db_min", "ssim_min", "ms_ssim_min", "lpips_max", "delta_e2000_max"):
         entry = quality.get(name.rpartition("_")[0]) or absent

@@ -16,6 +16,7 @@ from ldm_deploy.eval.grid import Grid, load_grid
 from ldm_deploy.eval.lpips_distance import Lpips
 from ldm_deploy.eval.machine import machine, usable_threads
 from ldm_deploy.eval.measure import BASELINE, Measured, component_plan, measure
+from ldm_deploy.eval.reconstruction import open_originals, reconstruct_all
 from ldm_deploy.eval.regression import Stored, add_regression, check_comparable
 from ldm_deploy.eval.rows import add_comparisons, add_quality, add_refused, baseline_row, variant_row
 from ldm_deploy.eval.studies import read_studies
@@ -60,15 +61,17 @@ def evaluate_bundle(
     seeds: Sequence[int] | None = None,
     steps: int | None = None,
     timeout_s: float = 600.0,
+    images: Path | str | None = None,
     against: Stored | None = None,
 ) -> Evaluation:
     """Measure and judge every variant of a bundle directory; returns the content of report.json.
 
     `reference`: the directory of the fp32 model (the shipped one if it is the bundle's parent and none is given).
     `seed` decides the order of the rounds and the bootstrap, not the images. `steps` overrides what the variants ask.
-    `against`: an earlier result, which the gates of `regression.py` compare this one with. What fails is a row with its
-    reason. Raises `BundleError` for a bundle and `ArtifactError` for a given reference that cannot be read, and
-    `EvaluationError` for a stored result that does not compare.
+    `images`: of the user's own, for every autoencoder to reconstruct (see `open_originals`). `against`: an earlier
+    result, which the gates of `regression.py` compare this one with. What fails is a row with its reason. Raises
+    `BundleError` for a bundle and `ArtifactError` for a given reference that cannot be read, `DataError` for images,
+    and `EvaluationError` for a stored result that does not compare.
     """
     from ldm_deploy.runtime.bundle import read_bundle
 
@@ -81,6 +84,7 @@ def evaluate_bundle(
     threads = threads or usable_threads()
     before = machine(threads)
     source, no_baseline = find_reference(data.get("parents", {}).get("reference"), reference)
+    originals = None if images is None else open_originals(images, data["model"])
     sampling = sampling_of(data, source)
     parent = {"name": data.get("name"), "digest": data.get("parents", {}).get("reference")}
     protocol = {
@@ -105,6 +109,10 @@ def evaluate_bundle(
     found = measure(specs, grid, plan, threads=threads, seed=seed, steps=steps, timeout_s=timeout_s)
     budget = budget or load_budget(None)
     judged = judge(data, bundle, found, grid, budget, baseline_row(source, no_baseline, found), seed)
+    if originals is not None:
+        rebuilt = reconstruct_all(bundle, data, source, originals, threads=threads, seed=seed)
+        for row in (judged["baseline"], *judged["variants"]):
+            row["reconstruction"] = rebuilt.get(row["name"])
     content = {
         "format": 1,
         "created": started.isoformat(timespec="seconds"),

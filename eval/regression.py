@@ -257,7 +257,8 @@ def _paired(then: Row, now: Row, key: str) -> tuple[Any, Any]:
     labels = [[(image["prompt"], image["seed"]) for image in row["images"]] for row in (then, now)]
     if labels[0] != labels[1]:
         raise _Absent("the stored result is of other images")
-    return tuple(columns) if key == "sketch" else tuple(np.array(column, np.float64) for column in columns)
+    first, second = columns
+    return (first, second) if key == "sketch" else (np.array(first, np.float64), np.array(second, np.float64))
 
 
 def _interval(values: np.ndarray, seed: int) -> tuple[float, float]:

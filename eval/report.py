@@ -74,8 +74,8 @@ def print_table(result: Mapping[str, Any]) -> None:
     shown = Table(box=None, pad_edge=False)
     for index, head in enumerate(heads):
         shown.add_column(head, justify="left" if index in (0, len(heads) - 1) else "right", overflow="fold")
-    for row in rows:
-        shown.add_row(*row)
+    for cells in rows:
+        shown.add_row(*cells)
     console.print(shown)
     if result["baseline"]["reason"]:
         console.print(f"baseline {result['baseline']['status']}: {result['baseline']['reason']}")

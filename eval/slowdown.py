@@ -140,9 +140,10 @@ def judge_slowdown(
         seconds = time.monotonic() - start
     after = conditions()
     reason = _reason(result, interval, 1 + tolerance, level, len(pairs), seconds, after)
+    ratio, low, high, left_out = (None, None, None, 0) if interval is None else interval
     return Slowdown(
-        result, reason, *((None, None, None, 0) if interval is None else interval), 1 + tolerance, level, len(pairs),
-        processes, huge_pages, seconds, {"before": before, "after": after},
+        result, reason, ratio, low, high, left_out, 1 + tolerance, level, len(pairs), processes, huge_pages, seconds,
+        {"before": before, "after": after},
     )  # fmt: skip
 
 

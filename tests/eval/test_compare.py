@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from ldm_deploy.errors import ArtifactError, BundleError
+from ldm_deploy.eval import compare
 from ldm_deploy.eval.compare import Evaluation, evaluate_bundle, find_reference
-from ldm_deploy.eval.measure import BASELINE
+from ldm_deploy.eval.measure import BASELINE, Measured
 from ldm_deploy.eval.report import exit_code
 
 PROMPTS = ["red apple", "sun"]
@@ -83,8 +84,9 @@ def test_equal_engines_draw_equal_images_and_the_row_says_so(evaluate: Callable[
     assert row["status"] == "ok"
     assert row["quality"]["psnr_db"] == {
         "mean": 100.0, "worst": 100.0, "worst_image": {"prompt": "red apple", "seed": 0}, "ci95": [100.0, 100.0],
-        "n": 4, "reason": None, "peak": 255, "identical": 4,
+        "n": 4, "reason": None, "peak": 255, "identical": 4, "pooled": {"value": 100.0, "ci95": [100.0, 100.0]},
     }  # fmt: skip
+    assert row["quality"]["colour_shift"]["mean"] == [0, 0, 0]
     assert row["quality"]["ssim"]["mean"] == pytest.approx(1)
     assert row["latency_ms"]["samples"] == report["baseline"]["latency_ms"]["samples"] == 4
     assert row["speedup"]["versus"] == BASELINE
@@ -121,6 +123,16 @@ def test_an_engine_that_returns_nan_is_a_failed_row_that_names_it(
     assert row["quality"]["psnr_db"]["reason"] == f"{INT8} drew no images; its row says why"
     assert gates(report, INT8)["psnr_db_min"] == "not measured"
     assert gates(report, FP32)["psnr_db_min"] == "pass"
+
+
+def test_a_decoder_that_returns_nan_is_a_failed_row_that_names_it(
+    tiny: ModuleType, bundle: Path, evaluate: Callable[..., Evaluation]
+) -> None:
+    broken = lambda model: set_constant(model, "kernel", lambda kernel: kernel * np.nan)  # noqa: E731
+    add_variant(tiny, bundle, "vae_decoder", broken)
+    row = next(row for row in evaluate()["variants"] if row["name"] == INT8)
+    assert row["status"] == "failed"
+    assert "vae_decoder returned values that are not finite" in row["reason"]
 
 
 def test_flat_images_are_named(tiny: ModuleType, bundle: Path, evaluate: Callable[..., Evaluation]) -> None:
@@ -165,4 +177,33 @@ def test_a_damaged_bundle_is_not_measured(bundle: Path) -> None:
     content[len(content) // 2] ^= 1
     file.write_bytes(bytes(content))
     with pytest.raises(BundleError, match=file.name):
+        evaluate_bundle(bundle, threads=1)
+
+
+def add_study(bundle: Path, content: dict[str, Any]) -> None:
+    from ldm_deploy.runtime.bundle import write_bundle
+
+    (bundle / "sensitivity.json").write_text(json.dumps(content))
+    write_bundle(bundle, json.loads((bundle / "bundle.json").read_text()))
+
+
+def test_a_study_in_the_bundle_reaches_the_page(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ldm_deploy.eval.page import to_html
+    from tests.eval.studies import sensitivity
+
+    nothing = Measured()
+    nothing.failed[FP32] = "nothing is drawn in this test"
+    monkeypatch.setattr(compare, "measure", lambda *_, **__: nothing)
+    add_study(bundle, sensitivity())
+    report = evaluate_bundle(bundle, threads=1)
+    assert report.studies == {"sensitivity": sensitivity()}
+    assert "mid.attention" in to_html(report)
+
+
+def test_a_damaged_study_is_refused_before_anything_is_measured(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ldm_deploy.errors import EvaluationError
+
+    add_study(bundle, {"format": 2})
+    monkeypatch.setattr(compare, "measure", lambda *_, **__: pytest.fail("it was measured"))
+    with pytest.raises(EvaluationError, match=r"sensitivity.json: \$"):
         evaluate_bundle(bundle, threads=1)
