@@ -2,7 +2,8 @@
 
 Quality is paired per image: the same prompts and seeds against the same baseline, then and now. Speed is a ratio of
 ratios: each run's own speed-up over its own baseline, so that neither another machine nor another tenant matters.
-Intervals are of 99 %: a gate that runs with every commit must not cry wolf.
+Intervals are of 99 %: a gate that runs with every commit must not cry wolf. Every process has a speed of its own for as
+long as it lives (`placement.py`), which no interval from within one run can show, so its spread is added.
 
 On one machine with one set of versions an engine is reproducible to the bit, and a change of its images is a change of
 the engine. Elsewhere it is not: low precision rounds, one flipped rounding changes the next step, and after fifty of
@@ -29,6 +30,7 @@ from ldm_deploy.eval.metrics import bootstrap_ci
 from ldm_deploy.eval.quality import nothing_measured
 from ldm_deploy.eval.rows import empty_row
 from ldm_deploy.eval.sketch import sketched_mse
+from ldm_deploy.eval.slowdown import PROCESS_SPREAD
 
 FORMAT = 1
 LEVEL = 99
@@ -182,9 +184,13 @@ class _Absent(Exception):
 
 
 def _speedup_drop(then: Row, now: Row, alike: bool) -> Measured:
-    """1 - ratio of the two speed-ups. Their logarithms are taken as normal, with the spread of each run's interval."""
-    spread = 0.0
-    for whose, row in (("the stored result", then), ("this run", now)):
+    """1 - ratio of the two speed-ups. Their logarithms are taken as normal, with the spread of each run's interval.
+
+    Each of the two has a process for the variant and one for the baseline, with a speed of its own.
+    """
+    runs = (("the stored result", then), ("this run", now))
+    spread = math.sqrt(2 * len(runs)) * PROCESS_SPREAD[False]
+    for whose, row in runs:
         speed = row["speedup"]
         if speed is None or speed["ci95_low"] is None:
             raise _Absent(f"{whose} has no speed-up with an interval; its row says why")

@@ -106,7 +106,7 @@ def plant_one_grey_level_somewhere(case: Any) -> None:
 
 
 def plant_slowness(case: Any) -> None:
-    case.found.latency_ms[INT8] = [1.1 * value for value in case.found.latency_ms[INT8]]
+    case.found.latency_ms[INT8] = [1.3 * value for value in case.found.latency_ms[INT8]]
 
 
 def plant_a_leak(case: Any) -> None:
@@ -127,7 +127,7 @@ def plant_weight(case: Any) -> None:
         ),
         (plant_noise, ["psnr_db_drop_max", "ssim_drop_max", "image_change_max"], r"48.13 then, 2\d.\d+ now"),
         (plant_one_grey_level_somewhere, ["image_change_max"], "4 of 4 images changed; if that is meant, store a new"),
-        (plant_slowness, ["speedup_drop_max"], r"0.09\d+ is above the limit .* \(2.5\d?x then, 2.2\d?x now; 4\d"),
+        (plant_slowness, ["speedup_drop_max"], r"0.23\d* is above the limit .* \(2.5\d?x then, 1.9\d?x now; 4\d"),
         (plant_a_leak, ["peak_memory_rise_max"], r"0.3 is above the limit .* \(110 MiB then, 143 MiB now\)"),
         (plant_weight, ["size_rise_max"], "0.125 is above the limit"),
     ],
@@ -157,11 +157,11 @@ def test_what_got_better_passes(case: Any, against: Callable[..., Any]) -> None:
 
 def test_a_noisy_run_is_not_judged_and_a_required_gate_says_so(case: Any, against: Callable[..., Any]) -> None:
     noise = np.random.default_rng(5).lognormal(0, 0.3, 48)
-    case.found.latency_ms[INT8] = list(1.03 * np.array(case.found.latency_ms[INT8]) * noise)
+    case.found.latency_ms[INT8] = list(1.1 * np.array(case.found.latency_ms[INT8]) * noise)
     report = against()
     gate = gates(report)["speedup_drop_max"]
     assert gate["result"] == "not measured"
-    assert "too noisy: the limit 0.03 lies inside the 99 % interval" in gate["reason"]
+    assert "too noisy: the limit 0.12 lies inside the 99 % interval" in gate["reason"]
     assert worse(report) == []
     assert exit_code(report) == 4
 
@@ -305,7 +305,7 @@ def test_a_result_of_an_older_version_without_figures_per_image(case: Any, again
 def test_tolerances_and_what_is_required_can_be_set_per_variant(case: Any, against: Any, budget_of: Any) -> None:
     case.budget = budget_of(
         "[default]\nrequired = []\n[regression]\nspeedup_drop_max = 0.05\n"
-        '[variant."int8-*".regression]\nspeedup_drop_max = 0.2\nlpips_rise_max = 0.0\nrequired = ["lpips_rise_max"]'
+        '[variant."int8-*".regression]\nspeedup_drop_max = 0.4\nlpips_rise_max = 0.0\nrequired = ["lpips_rise_max"]'
     )
     plant_slowness(case)
     for row in case.report()["variants"]:
@@ -317,7 +317,7 @@ def test_tolerances_and_what_is_required_can_be_set_per_variant(case: Any, again
     assert gates(report)["lpips_rise_max"]["required"] is True
 
 
-def test_the_interval_of_the_ratio_of_ratios_is_that_of_a_joint_bootstrap() -> None:
+def test_the_interval_of_the_ratio_of_ratios_is_that_of_a_joint_bootstrap_over_processes_too() -> None:
     rng = np.random.default_rng(0)
     rows, ratios = [], []
     for median in (2.5, 2.3):
@@ -330,7 +330,12 @@ def test_the_interval_of_the_ratio_of_ratios_is_that_of_a_joint_bootstrap() -> N
     for row in rows:
         row |= {"peak_memory_bytes": 1, "size_bytes": 1}
     found = compare_rows(rows[0], rows[1], SAME)["speedup_drop_max"]
-    then, now = (np.median(values[rng.integers(60, size=(20000, 60))], axis=1) for values in ratios)
+    # Two processes a run, each with a speed of its own that differs by 1.2 %.
+    then, now = (
+        np.median(values[rng.integers(60, size=(20000, 60))], axis=1)
+        * np.exp(rng.normal(0, 0.012, (2, 20000)).sum(axis=0))
+        for values in ratios
+    )
     low, high = np.percentile(1 - now / then, [0.5, 99.5])
     assert found.interval is not None
     assert found.value == pytest.approx(1 - np.median(ratios[1]) / np.median(ratios[0]))
