@@ -9,7 +9,7 @@ from ldm_deploy.eval.grid import Grid
 from ldm_deploy.eval.latency import summary
 from ldm_deploy.eval.machine import machine, usable_threads
 from ldm_deploy.eval.measure import component_plan, measure
-from ldm_deploy.eval.metrics import ratio_ci
+from ldm_deploy.eval.speedup import speedup
 
 PROMPT = "red apple"
 IMAGES = 5  # per variant
@@ -56,11 +56,11 @@ def _rows(samples_ms: dict[str, list[float]], reasons: dict[str, str], seed: int
     rows = []
     for name, reason in reasons.items():
         samples, versus = samples_ms.get(name), samples_ms.get(first)
-        speedup = None
+        faster = None
         if samples and versus and name != first:
-            speedup = {**ratio_ci(versus, samples, seed=seed), "versus": first}
+            faster = speedup(versus, samples, first, seed=seed)
         latency = summary(samples) if samples else None
-        rows.append({"name": name, "latency_ms": latency, "speedup": speedup, "reason": None if samples else reason})
+        rows.append({"name": name, "latency_ms": latency, "speedup": faster, "reason": None if samples else reason})
     return rows
 
 
@@ -79,12 +79,13 @@ def print_bench(result: dict[str, Any]) -> None:
 
 
 def _cells(row: dict[str, Any]) -> str:
-    latency, speedup = row["latency_ms"], row["speedup"]
+    latency, faster = row["latency_ms"], row["speedup"]
     if latency is None:
         return f"not measured: {row['reason']}"
     text = f"{latency['median']:9.2f} ({latency['p5']:.2f} to {latency['p95']:.2f})"
-    if speedup is None:
+    if faster is None:
         return text
-    low, high = speedup["ci95_low"], speedup["ci95_high"]
+    low, high = faster["ci95_low"], faster["ci95_high"]
     interval = "one sample" if low is None else f"{low:.2f} to {high:.2f}"
-    return f"{text}  {speedup['median']:.2f} times as fast as {speedup['versus']} ({interval})"
+    noise = f"; {faster['noise']}" if faster["noise"] else ""
+    return f"{text}  {faster['median']:.2f} times as fast as {faster['versus']} ({interval}){noise}"

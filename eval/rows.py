@@ -11,8 +11,8 @@ from ldm_deploy.eval.latency import summary
 from ldm_deploy.eval.lpips_distance import Lpips
 from ldm_deploy.eval.measure import BASELINE, Measured
 from ldm_deploy.eval.memory import fp32_size_bytes, size_bytes
-from ldm_deploy.eval.metrics import ratio_ci
 from ldm_deploy.eval.quality import compare_images, constant_images, flat_reason, nothing_measured
+from ldm_deploy.eval.speedup import speedup
 from ldm_deploy.models.sources import weight_files
 
 COARSEST_FIRST = ("w4", "w8", "int8", "mixed", "bf16", "fp16", "fp32")  # a variant is named after its coarsest engine
@@ -63,7 +63,7 @@ def variant_row(bundle: Mapping[str, Any], root: Path, variant: Mapping[str, Any
         "peak_memory_bytes": found.memory_bytes.get(name),
     }
     if BASELINE in found.latency_ms:
-        row["speedup"] = {**ratio_ci(found.latency_ms[BASELINE], found.latency_ms[name], seed=seed), "versus": BASELINE}
+        row["speedup"] = speedup(found.latency_ms[BASELINE], found.latency_ms[name], BASELINE, seed=seed)
     return row
 
 
@@ -115,7 +115,7 @@ def _component(engine: Mapping[str, Any], bundle: Mapping[str, Any], found: Meas
     }
     if own is not None and other is not None:
         paired = min(len(own), len(other))
-        row["speedup"] = {**ratio_ci(other[:paired], own[:paired], seed=seed), "versus": versus}
+        row["speedup"] = speedup(other[:paired], own[:paired], versus, seed=seed)
     return row
 
 
@@ -152,8 +152,8 @@ def add_comparisons(row: Row, rows: Sequence[Row], found: Measured, seed: int) -
     for other in rows:
         alike = all(other[key] == row[key] for key in ("runtime", "device"))
         if alike and other["precision"] == "fp32" and other["name"] in found.latency_ms:
-            ratio = ratio_ci(found.latency_ms[other["name"]], found.latency_ms[row["name"]], seed=seed)
-            row["comparisons"].append({"scope": "end to end", "versus": other["name"], **ratio})
+            ratio = speedup(found.latency_ms[other["name"]], found.latency_ms[row["name"]], other["name"], seed=seed)
+            row["comparisons"].append({"scope": "end to end", **ratio})
 
 
 def add_refused(rows: Sequence[Row], refused: Sequence[Mapping[str, Any]]) -> list[Row]:
