@@ -1,6 +1,6 @@
 """The power of the gate: how often it cries wolf, and how often it sleeps.
 
-    .venv/bin/python benchmarks/gate_power.py [--load off|on] [--trials PERCENT] [--table]
+    .venv/bin/python benchmarks/gate_power.py [--kind TEXT] [--load off|on] [--trials PERCENT] [--table]
 
 Trials of every kind in `KINDS` are run without and with background load and judged by the very functions that gates
 call. Each result is a line of build/gate_power/trials.jsonl; a killed run, started again, goes on where it stopped.
@@ -9,6 +9,10 @@ With every processor to itself it takes about an hour. Exits 1 if a target is mi
 - `same engine twice`: the U-Net of the shipped reference in ONNX Runtime, fp32, two threads, the batch of two that
   guidance asks for, against itself. Every trial starts its own processes, so that their whims are sampled too.
 - `5 % slower`: the same, where every call of the candidate is followed by busy waiting for 5 % of its own time.
+- `int8: …`, `fp32: …`: whole variants of the shipped reference against stored results, with a fault planted
+  in one engine (`planted_faults.py`) or with none and another number of threads; see `gate_power_quality.py`. Load does not
+  change images, so these are run without.
+- `elsewhere, int8: …`: as if the result had been stored on another machine, to show what can be told there.
 
 Background load: a process that multiplies matrices in bursts, on average 0.3 s of work and 0.3 s of rest, both
 exponentially distributed, from start to end of a trial.
@@ -35,14 +39,15 @@ THREADS = 2
 PLANTED = 0.05
 LOADS = ("off", "on")
 BURST_S = 0.3
+FAULTS = ("a scale off by 10 %", "two channels swapped", "half a grey level")
 
 
 @dataclass(frozen=True)
 class Kind:
     """One kind of trial: `run(seed)` returns at least `result` (a gate's) and `seconds`.
 
-    `wanted`: what the gate should say, "fail" of a fault and "pass" of none. `count` trials per load, of which `least`
-    must be caught, or at most `most` may be false alarms. None may take longer than `limit_s`.
+    `wanted`: what the gate should say, "fail" of a fault and "pass" of none. `count` trials for each of `loads`, of
+    which `least` must be caught, or at most `most` may be false alarms. None may take longer than `limit_s`.
     """
 
     name: str
@@ -52,6 +57,20 @@ class Kind:
     least: int = 0
     most: int = 0
     limit_s: float = float("inf")
+    loads: tuple[str, ...] = LOADS
+
+
+def quality_kinds(name: str, variant: str, count: int, least: int, *, elsewhere: bool = False) -> list[Kind]:
+    def run(fault: str | None) -> Callable[[int], dict[str, Any]]:
+        def judge(seed: int) -> dict[str, Any]:
+            from gate_power_quality import judge_quality  # here, because workers load this file from elsewhere
+
+            return judge_quality(FOLDER, variant, fault, seed, elsewhere=elsewhere)
+
+        return judge
+
+    none = Kind(f"{name}: nothing planted", count, run(None), "pass", loads=("off",))
+    return [none, *(Kind(f"{name}: {fault}", count, run(fault), "fail", least, loads=("off",)) for fault in FAULTS)]
 
 
 class SlowerEngine:
@@ -99,6 +118,9 @@ def judge_latency(share: float, seed: int) -> dict[str, Any]:
 KINDS = (
     Kind("same engine twice", 200, lambda seed: judge_latency(0.0, seed), "pass", most=2, limit_s=15.5),
     Kind("5 % slower", 100, lambda seed: judge_latency(PLANTED, seed), "fail", least=95, limit_s=15.5),
+    *quality_kinds("int8", "int8-onnxruntime-cpu", 100, 100),
+    *quality_kinds("fp32", "fp32-onnxruntime-cpu", 100, 100),
+    *quality_kinds("elsewhere, int8", "int8-onnxruntime-cpu", 50, 0, elsewhere=True),
 )
 
 
@@ -154,13 +176,14 @@ def _last_byte(stream: Any) -> bytes:
     return last
 
 
-def run_trials(path: Path, loads: tuple[str, ...], percent: float) -> None:
+def run_trials(path: Path, text: str, loads: tuple[str, ...], percent: float) -> None:
     """Run what is missing; kinds take turns, so that a run cut short has some of each."""
     done = read_trials(path)
     planned = [
         (kind, load, number)
         for load in loads
         for kind in KINDS
+        if load in kind.loads and text in kind.name
         for number in range(max(1, round(kind.count * percent / 100)))
     ]
     planned.sort(key=lambda trial: (trial[1], trial[2] / trial[0].count))
@@ -169,9 +192,8 @@ def run_trials(path: Path, loads: tuple[str, ...], percent: float) -> None:
         with background_load(load == "on"):
             found = kind.run(number)
         append_trial(path, {"kind": kind.name, "load": load, "number": number, **found})
-        print(
-            f"{place + 1}/{len(missing)} {kind.name}, load {load}: {found['result']} in {found['seconds']:.1f} s", flush=True
-        )
+        told = f"{found['result']} in {found['seconds']:.1f} s"
+        print(f"{place + 1}/{len(missing)} {kind.name}, load {load}: {told}", flush=True)
 
 
 def show(path: Path) -> bool:
@@ -185,12 +207,13 @@ def show(path: Path) -> bool:
             own = [trial for trial in trials if (trial["kind"], trial["load"]) == (kind.name, load)]
             if not own:
                 continue
-            counts = {result: sum(trial["result"] == result for trial in own) for result in ("fail", "pass", "not measured")}
+            results = [trial["result"] for trial in own]
+            counts = {result: results.count(result) for result in ("fail", "pass", "not measured")}
             seconds = [trial["seconds"] for trial in own]
             if kind.wanted == "fail":
                 allowed = len(own) * (kind.count - kind.least) / kind.count
                 good = len(own) - counts["fail"] <= allowed
-                target = f"{kind.least} of {kind.count} caught"
+                target = f"{kind.least} of {kind.count} caught" if kind.least else "none"
             else:
                 good = counts["fail"] <= len(own) * kind.most / kind.count
                 target = f"at most {kind.most} of {kind.count} false alarms"
@@ -206,6 +229,7 @@ def show(path: Path) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--kind", default="", metavar="TEXT", help="only the kinds whose name has it")
     parser.add_argument("--load", choices=LOADS, default=None, help="only without, or only with background load")
     parser.add_argument("--trials", type=float, default=100.0, metavar="PERCENT", help="how many of the trials")
     parser.add_argument("--table", action="store_true", help="run nothing, show what there is")
@@ -215,7 +239,7 @@ def main() -> int:
         burn()
     path = FOLDER / "trials.jsonl"
     if not options.table:
-        run_trials(path, LOADS if options.load is None else (options.load,), options.trials)
+        run_trials(path, options.kind, LOADS if options.load is None else (options.load,), options.trials)
     return 0 if show(path) else 1
 
 

@@ -31,6 +31,12 @@ LIMITS = (*QUALITY, "speedup_min", "peak_memory_max", "size_max")
 MINIMA = tuple(name for name in LIMITS if name.endswith("_min"))
 RELATIVE = ("peak_memory_max", "size_max")  # bytes, or a multiple of the baseline: "0.6x"
 SETTINGS = ("lpips_backbone", "required")
+# How much worse than in a stored result a variant may be (eval/regression.py says what each is).
+TOLERANCES = (
+    "speedup_drop_max", "psnr_db_drop_max", "ssim_drop_max", "lpips_rise_max", "colour_change_max", "image_change_max",
+    "peak_memory_rise_max", "size_rise_max",
+)  # fmt: skip
+AGAINST = ("still_runs", *TOLERANCES)  # the gates against a stored result
 BACKBONES = ("squeeze", "alex", "vgg")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "mixed", "w8", "w4")
 COMPONENTS = ("text_encoder", "unet", "vae_encoder", "vae_decoder", "pipeline")
@@ -42,7 +48,7 @@ Result = Literal["pass", "fail", "not measured"]
 
 @dataclass(frozen=True)
 class Limits:
-    """The limits of one variant, in the order of `LIMITS`."""
+    """The limits of one variant, in the order of `LIMITS` or `TOLERANCES`."""
 
     limits: Mapping[str, Limit]
     required: tuple[str, ...]
@@ -51,15 +57,18 @@ class Limits:
 
 @dataclass(frozen=True)
 class Measured:
-    """One figure of a variant. `interval`: its 95 % interval; None where the figure has no spread (bytes).
+    """One figure of a variant. `interval`: where it lies at `level` percent; None without a spread (bytes).
 
-    `reason`: why it counts as not measured. `baseline`: the same figure of the baseline, for multiples.
+    `reason`: why it counts as not measured. `baseline`: the same figure of the baseline, for multiples. `detail`: what
+    a reader wants to see beside the figure, such as the two figures it is the difference of.
     """
 
     value: float | None
     interval: tuple[float, float] | None = None
     reason: str | None = None
     baseline: float | None = None
+    detail: str | None = None
+    level: int = 95
 
 
 @dataclass(frozen=True)
@@ -74,6 +83,8 @@ class Gate:
     required: bool
     result: Result
     reason: str | None
+    detail: str | None = None
+    level: int = 95
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -81,31 +92,50 @@ class Gate:
             "limit": self.limit,
             "limit_text": self.limit_text,
             "value": self.value,
-            "ci95": list(self.interval) if self.interval else None,
+            f"ci{self.level}": list(self.interval) if self.interval else None,
             "required": self.required,
             "result": self.result,
             "reason": self.reason,
+            "detail": self.detail,
         }
 
 
 @dataclass(frozen=True)
 class Budget:
-    """A budget file. `variants`: (pattern, what it overrides), in the order of the file; the last match wins."""
+    """A budget file. `variants`: (pattern, what it overrides), in the order of the file; the last match wins.
+
+    `regression` and `variant_regressions`: the same for the tolerances against a stored result.
+    """
 
     path: str
     digest: str
     default: Mapping[str, Any]
     variants: tuple[tuple[str, Mapping[str, Any]], ...]
+    regression: Mapping[str, Any]
+    variant_regressions: tuple[tuple[str, Mapping[str, Any]], ...]
     parity: Mapping[str, float]
     component_parity: Mapping[str, Mapping[str, float]]
 
     def limits_for(self, variant: str) -> Limits:
         """`[default]` with every matching `[variant."pattern"]` laid over it."""
-        merged = dict(self.default)
-        for pattern, overrides in self.variants:
+        return self._limits(variant, self.default, self.variants, LIMITS)
+
+    def tolerances_for(self, variant: str) -> Limits:
+        """`[regression]` with every matching `[variant."pattern".regression]` laid over it."""
+        return self._limits(variant, self.regression, self.variant_regressions, TOLERANCES)
+
+    def _limits(
+        self,
+        variant: str,
+        default: Mapping[str, Any],
+        variants: tuple[tuple[str, Mapping[str, Any]], ...],
+        names: tuple[str, ...],
+    ) -> Limits:
+        merged = dict(default)
+        for pattern, overrides in variants:
             if fnmatchcase(variant, pattern):
                 merged |= overrides
-        limits = {name: merged[name] for name in LIMITS if name in merged}
+        limits = {name: merged[name] for name in names if name in merged}
         required = tuple(merged.get("required", ()))
         for name in required:
             if name not in limits:
@@ -139,6 +169,9 @@ def load_budget(path: Path | str | None = None) -> Budget:
         raise BudgetError(f"budget {path} cannot be read: {reason}; give a TOML file") from None
     budget, own = _parse(text, str(path)), _parse(shipped, SHIPPED)
     digest = "sha256:" + hashlib.sha256((text + shipped).encode()).hexdigest()
+    if not budget.regression:  # a gate that nobody set would sleep
+        regressions = own.variant_regressions + budget.variant_regressions
+        budget = replace(budget, regression=own.regression, variant_regressions=regressions)
     return replace(budget, parity={**own.parity, **budget.parity}, digest=digest)
 
 
@@ -155,7 +188,9 @@ def _check(name: str, limit: Limit, found: Measured, required: bool) -> Gate:
     text = limit if isinstance(limit, str) else f"{limit:g}"
 
     def gate(result: Result, reason: str | None, bound: float | None) -> Gate:
-        return Gate(name, bound, text, found.value, found.interval, required, result, reason)
+        if reason is not None and found.detail is not None:
+            reason = f"{reason} ({found.detail})"
+        return Gate(name, bound, text, found.value, found.interval, required, result, reason, found.detail, found.level)
 
     bound: float | None = None
     if isinstance(limit, str):
@@ -172,7 +207,8 @@ def _check(name: str, limit: Limit, found: Measured, required: bool) -> Gate:
     result = judge(low, high, bound, minimum=name in MINIMA)
     if result == "not measured":
         reason = (
-            f"too noisy: the limit {bound:g} lies inside the 95 % interval {low:.4g} to {high:.4g}; take more samples"
+            f"too noisy: the limit {bound:g} lies inside the {found.level} % interval {low:.4g} to {high:.4g}; "
+            "take more samples"
         )
         return gate(result, reason, bound)
     if result == "fail":
@@ -196,20 +232,26 @@ def _parse(text: str, path: str) -> Budget:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise BudgetError(f"budget {path} is no valid TOML: {error}") from None
-    _known(data, ("format", "default", "variant", "parity"), f"budget {path}")
+    _known(data, ("format", "default", "variant", "regression", "parity"), f"budget {path}")
     if data.get("format") != FORMAT:
         raise BudgetError(
             f"budget {path} has format {data.get('format')!r}; this version reads `format = {FORMAT}`: "
             "add the line, or upgrade ldm_deploy"
         )
     default = _section(data.get("default", {}), f"budget {path}: [default]")
+    regression = _tolerances(data.get("regression", {}), f"budget {path}: [regression]")
     variants = data.get("variant", {})
     if not isinstance(variants, dict):
         raise BudgetError(f'budget {path}: `variant` is {variants!r}; write [variant."name or pattern"]')
-    overrides = tuple((name, _section(value, f'budget {path}: [variant."{name}"]')) for name, value in variants.items())
+    overrides, regressions = [], []
+    for name, table in variants.items():
+        where = f'budget {path}: [variant."{name}"'
+        _known(table, (*LIMITS, *SETTINGS, "regression"), f"{where}]")
+        overrides.append((name, _section({k: v for k, v in table.items() if k != "regression"}, f"{where}]")))
+        regressions.append((name, _tolerances(table.get("regression", {}), f"{where}.regression]")))
     parity, by_component = _parity(data.get("parity", {}), f"budget {path}: [parity]")
     digest = "sha256:" + hashlib.sha256(text.encode()).hexdigest()
-    return Budget(path, digest, default, overrides, parity, by_component)
+    return Budget(path, digest, default, tuple(overrides), regression, tuple(regressions), parity, by_component)
 
 
 def _known(table: Any, names: tuple[str, ...], where: str) -> None:
@@ -225,7 +267,7 @@ def _section(table: Any, where: str) -> dict[str, Any]:
     _known(table, (*LIMITS, *SETTINGS), where)
     for name, value in table.items():
         if name == "required":
-            _required(value, where)
+            _required(value, LIMITS, where)
         elif name == "lpips_backbone":
             if value not in BACKBONES:
                 raise BudgetError(f"{where}: lpips_backbone is {value!r}; allowed: {', '.join(BACKBONES)}")
@@ -240,11 +282,21 @@ def _section(table: Any, where: str) -> dict[str, Any]:
     return dict(table)
 
 
-def _required(value: Any, where: str) -> None:
+def _tolerances(table: Any, where: str) -> dict[str, Any]:
+    _known(table, (*TOLERANCES, "required"), where)
+    for name, value in table.items():
+        if name == "required":
+            _required(value, TOLERANCES, where)
+        elif not _number(value) or value < 0:
+            raise BudgetError(f"{where}: {name} is {value!r}; give a number of 0 or more")
+    return dict(table)
+
+
+def _required(value: Any, names: tuple[str, ...], where: str) -> None:
     if not isinstance(value, list):
-        raise BudgetError(f"{where}: required is {value!r}; give a list of limits: {', '.join(LIMITS)}")
+        raise BudgetError(f"{where}: required is {value!r}; give a list of limits: {', '.join(names)}")
     for name in value:
-        _known({str(name): 0}, LIMITS, f"{where}: required")
+        _known({str(name): 0}, names, f"{where}: required")
 
 
 def _parity(table: Any, where: str) -> tuple[dict[str, float], dict[str, dict[str, float]]]:

@@ -38,7 +38,7 @@ def figures(row: Row, baseline: Row) -> dict[str, Measured]:
 
 def quality_figures(quality: Mapping[str, Any]) -> dict[str, Measured]:
     """What the limits on images are compared with; `quality` as report.json has it."""
-    absent = {"mean": None, "worst": None, "ci95": None, "reason": "no images were compared"}
+    absent: dict[str, Any] = {"mean": None, "worst": None, "ci95": None, "reason": "no images were compared"}
     found = {}
     for name in ("psnr_db_min", "ssim_min", "ms_ssim_min", "lpips_max", "delta_e2000_max"):
         entry = quality.get(name.rpartition("_")[0]) or absent
@@ -46,12 +46,15 @@ def quality_figures(quality: Mapping[str, Any]) -> dict[str, Measured]:
     # Of these very images, which are the protocol's: a fact, without an interval.
     worst = quality.get("psnr_db") or absent
     found["worst_psnr_db_min"] = Measured(worst["worst"], reason=worst["reason"])
-    found["colour_shift_max"] = _largest_shift(quality.get("colour_shift") or absent)
+    found["colour_shift_max"] = largest_shift(quality.get("colour_shift") or absent)
     return found
 
 
-def _largest_shift(entry: Mapping[str, Any]) -> Measured:
-    """The largest absolute mean of the three channels; the interval holds the largest of their absolute values."""
+def largest_shift(entry: Mapping[str, Any]) -> Measured:
+    """The largest absolute mean of the three channels; the interval holds the largest of their absolute values.
+
+    `entry`: `mean` and `ci95` of red, green and blue.
+    """
     if entry["mean"] is None:
         return Measured(None, reason=entry["reason"])
     value = max(abs(mean) for mean in entry["mean"])

@@ -14,8 +14,10 @@ from ldm_deploy.eval.budget import Budget, load_budget
 from ldm_deploy.eval.choose import choose, judge_variant
 from ldm_deploy.eval.grid import Grid, load_grid
 from ldm_deploy.eval.lpips_distance import Lpips
-from ldm_deploy.eval.machine import machine, usable_threads
+from ldm_deploy.eval.machine import conditions, machine, usable_threads
 from ldm_deploy.eval.measure import BASELINE, Measured, component_plan, measure
+from ldm_deploy.eval.reconstruction import open_originals, reconstruct_all
+from ldm_deploy.eval.regression import Stored, add_regression, check_comparable
 from ldm_deploy.eval.rows import add_comparisons, add_quality, add_refused, baseline_row, variant_row
 from ldm_deploy.eval.studies import read_studies
 
@@ -24,6 +26,8 @@ PROTOCOL = {
     "latency": "one worker process per variant, one active at a time, spinning off; after warm-up every image of the "
     "grid is one sample, drawn by all in random order",
     "peak_memory": "largest resident set of the worker's own process after loading and drawing",
+    "cold_start": "a fresh process, files in the page cache: interpreter, imports, opening the engines, first image",
+    "throughput": "rows or images of one call per second; the U-Net has two rows per guided image",
 }
 
 Record = dict[str, Any]
@@ -59,13 +63,17 @@ def evaluate_bundle(
     seeds: Sequence[int] | None = None,
     steps: int | None = None,
     timeout_s: float = 600.0,
+    images: Path | str | None = None,
+    against: Stored | None = None,
 ) -> Evaluation:
     """Measure and judge every variant of a bundle directory; returns the content of report.json.
 
     `reference`: the directory of the fp32 model (the shipped one if it is the bundle's parent and none is given).
     `seed` decides the order of the rounds and the bootstrap, not the images. `steps` overrides what the variants ask.
-    What fails is a row with its reason. Raises `BundleError` for a bundle and `ArtifactError` for a given reference
-    that cannot be read.
+    `images`: of the user's own, for every autoencoder to reconstruct (see `open_originals`). `against`: an earlier
+    result, which the gates of `regression.py` compare this one with. What fails is a row with its reason. Raises
+    `BundleError` for a bundle and `ArtifactError` for a given reference that cannot be read, `DataError` for images,
+    and `EvaluationError` for a stored result that does not compare.
     """
     from ldm_deploy.runtime.bundle import read_bundle
 
@@ -76,8 +84,24 @@ def evaluate_bundle(
     studies = read_studies(bundle)
     grid = load_grid(prompts or data["model"].get("prompts", {}).get("report"), seeds)
     threads = threads or usable_threads()
-    before = machine(threads)
+    before, now = machine(threads), conditions()
     source, no_baseline = find_reference(data.get("parents", {}).get("reference"), reference)
+    originals = None if images is None else open_originals(images, data["model"])
+    sampling = sampling_of(data, source)
+    parent = {"name": data.get("name"), "digest": data.get("parents", {}).get("reference")}
+    protocol = {
+        "prompts_sha256": grid.prompts_sha256,
+        "prompts": list(grid.prompts),
+        "seeds": list(grid.seeds),
+        **sampling,
+        "steps": steps or sampling["steps"],
+        "size": list(data["model"]["default_size"]),
+        "threads": threads,
+        "order_seed": seed,
+        **PROTOCOL,
+    }
+    if against is not None:
+        check_comparable(against, parent, protocol)
     specs: dict[str, Record] = {}
     if source is not None:
         specs[BASELINE] = {"kind": "reference", "path": str(source)}
@@ -85,30 +109,30 @@ def evaluate_bundle(
         specs[variant["name"]] = {"kind": "variant", "bundle": str(bundle), "variant": variant["name"]}
     plan = component_plan(data, bundle)
     found = measure(specs, grid, plan, threads=threads, seed=seed, steps=steps, timeout_s=timeout_s)
-    judged = judge(
-        data, bundle, found, grid, budget or load_budget(None), baseline_row(source, no_baseline, found), seed
-    )
-    sampling = sampling_of(data, source)
+    after = conditions()
+    budget = budget or load_budget(None)
+    judged = judge(data, bundle, found, grid, budget, baseline_row(source, no_baseline, found), seed)
+    if originals is not None:
+        rebuilt = reconstruct_all(bundle, data, source, originals, threads=threads, seed=seed)
+        for row in (judged["baseline"], *judged["variants"]):
+            row["reconstruction"] = rebuilt.get(row["name"])
     content = {
         "format": 1,
         "created": started.isoformat(timespec="seconds"),
         "duration_s": round((datetime.now(UTC) - started).total_seconds(), 1),
-        "source": {"name": data.get("name"), "digest": data.get("parents", {}).get("reference")},
-        "protocol": {
-            "prompts_sha256": grid.prompts_sha256,
-            "prompts": list(grid.prompts),
-            "seeds": list(grid.seeds),
-            **sampling,
-            "steps": steps or sampling["steps"],
-            "size": list(data["model"]["default_size"]),
-            "threads": threads,
-            "order_seed": seed,
-            **PROTOCOL,
+        "source": parent,
+        "protocol": protocol,
+        "machine": {
+            **before,
+            "load_average_after": after["load_average"],
+            "conditions": {"before": now, "after": after},
+            "processors": found.processors,
         },
-        "machine": {**before, "load_average_after": machine(threads)["load_average"]},
         "default_variant": data.get("default_variant"),
         **judged,
     }
+    if against is not None:
+        add_regression(content, against, budget, seed)
     return Evaluation(content, found.images, grid, studies)
 
 

@@ -2,68 +2,73 @@
 
 They are made like FID (Heusel et al. 2017) and KID (Bińkowski et al. 2018) on another network, so their values compare
 with no published FID or KID and never carry these names. The sets are paired (image i of both was asked for with the
-same prompt and seed, or has the same file name), which intervals and the kernel distance make use of. Features
-come in blocks, in a fixed order; memory does not grow with their number.
+same prompt and seed, or has the same file name), which intervals and the kernel distance make use of. Features come
+in blocks, in a fixed order; memory does not grow with the number of blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from collections.abc import Iterable, Iterator, Sequence
+from functools import reduce
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
-GROUPS = 20  # of images, left out in turn by the jackknife
+GROUPS = 10  # of images, left out in turn by the jackknife
 RESAMPLES = 2000
 
 Block = tuple[np.ndarray, np.ndarray]  # features of the reference and the candidate, (m, d) each, paired by row
 
 
-@dataclass(frozen=True)
-class Spread:
-    """Mean and scatter of a set of vectors. `factor` (r, d): factorᵀ factor = sum of (x - mean)(x - mean)ᵀ.
+class Scatter:
+    """Count, mean and covariance of vectors that come in blocks, (m, d) each; blocks can be taken out again."""
 
-    The factor, not the d x d matrix: it has few rows for few vectors, its products lose no digits to squaring, and
-    nothing has to be inverted or rooted where the matrix is singular.
-    """
+    def __init__(self, origin: np.ndarray) -> None:
+        """`origin` (d,): any vector near the mean, so that squares lose no digits."""
+        self.origin = origin.astype(np.float64)
+        self.count = 0
+        self.total = np.zeros(len(origin))
+        self.outer = np.zeros((len(origin), len(origin)))
 
-    count: int
-    mean: np.ndarray
-    factor: np.ndarray
+    def add(self, vectors: np.ndarray) -> None:
+        centred = vectors.astype(np.float64) - self.origin
+        self.count += len(centred)
+        self.total += centred.sum(axis=0)
+        self.outer += centred.T @ centred
+
+    def plus(self, other: Scatter, sign: int = 1) -> Scatter:
+        """Both together; with -1, without the vectors of `other`."""
+        both = Scatter(self.origin)
+        both.count = self.count + sign * other.count
+        both.total = self.total + sign * other.total
+        both.outer = self.outer + sign * other.outer
+        return both
+
+    @property
+    def mean(self) -> np.ndarray:
+        return np.asarray(self.origin + self.total / self.count)
+
+    def factor(self) -> np.ndarray:
+        """(rank, d), factorᵀ factor = unbiased covariance. What rounding left of a singular matrix's zeros is cut."""
+        covariance = (self.outer - np.outer(self.total, self.total) / self.count) / (self.count - 1)
+        values, vectors = np.linalg.eigh(covariance)
+        kept = values > values[-1] * len(values) * np.finfo(np.float64).eps
+        return np.asarray(np.sqrt(values[kept])[:, None] * vectors[:, kept].T)
 
 
-def spread_of(vectors: np.ndarray) -> Spread:
-    """Of the rows of float (m, d), m of 1 or more; computed in float64."""
-    vectors = vectors.astype(np.float64)
-    mean = vectors.mean(axis=0)
-    return Spread(len(vectors), mean, vectors - mean)
+def frechet_distance(first: Scatter, second: Scatter) -> float:
+    """‖m1 - m2‖² + tr(S1 + S2 - 2 (S1 S2)^½), means m and covariances S (Dowson and Landau 1982, eq. 4).
 
-
-def merge(first: Spread, second: Spread) -> Spread:
-    """Of both sets together (Chan, Golub and LeVeque 1983, eq. 2.1); the factor is kept at 2 d rows or fewer."""
-    count = first.count + second.count
-    step = second.mean - first.mean
-    between = np.sqrt(first.count * second.count / count) * step
-    factor = np.vstack([first.factor, second.factor, between])
-    if len(factor) > 2 * len(step):
-        factor = np.linalg.qr(factor, mode="r")
-    return Spread(count, first.mean + step * (second.count / count), factor)
-
-
-def frechet_distance(first: Spread, second: Spread) -> float:
-    """‖m1 - m2‖² + tr(S1 + S2 - 2 (S1 S2)^½), means m and unbiased covariances S (Dowson and Landau 1982, eq. 4).
-
-    With S = FᵀF the last trace is the sum of the singular values of F1 F2ᵀ. Of normal distributions; of a few images
-    it is far above the distance of the populations, so only values of equal numbers of images compare. Raises
-    `ValueError` for fewer than two vectors.
+    With S = FᵀF the last trace is the sum of the singular values of F1 F2ᵀ: no root of a d x d matrix, which is
+    singular for d images or fewer. It is the distance of normal distributions, and of a few images far above that of
+    the populations, so only values of equal numbers of images compare. Raises `ValueError` for fewer than two vectors.
     """
     if min(first.count, second.count) < 2:
         raise ValueError("a Fréchet distance needs two images or more")
-    a, b = (part.factor / np.sqrt(part.count - 1) for part in (first, second))
-    cross = np.linalg.svd(a @ b.T, compute_uv=False).sum()
+    a, b = first.factor(), second.factor()
     step = first.mean - second.mean
+    cross = np.linalg.svd(a @ b.T, compute_uv=False).sum()
     return max(0.0, float(step @ step + np.sum(a * a) + np.sum(b * b) - 2 * cross))
 
 
@@ -119,50 +124,62 @@ def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def set_distances(blocks: Iterable[Block], seed: int = 0) -> dict[str, dict[str, Any]]:
     """`frechet_distance` and `kernel_distance` of paired features: value, ci95, n, reason each.
 
-    The interval of the Fréchet distance is a jackknife's that leaves out every 20th image of both sets in turn (Efron
-    and Tibshirani 1993, section 11.5): a bootstrap sample repeats images, and fewer different images raise this
-    distance so much that its percentiles need not hold the estimate.
+    The interval of the Fréchet distance is a jackknife's that leaves out every tenth image of both sets in turn (Efron
+    and Tibshirani 1993, section 11.5). A bootstrap sample repeats images, and fewer different images raise this
+    distance: between independent sets its percentiles do not even hold the estimate.
     """
-    kernel = KernelSum(seed)
-    groups: list[dict[int, Spread]] = [{}, {}]
-    count = 0
-    for block in blocks:
-        kernel.add(*block)
-        group = (count + np.arange(len(block[0]))) % GROUPS
-        for spreads, features in zip(groups, block, strict=True):
-            for number in np.unique(group):
-                own = spread_of(features[group == number])
-                spreads[number] = merge(spreads[number], own) if number in spreads else own
-        count += len(block[0])
-    if count < 2:
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1):  # rounding must not depend on the number of threads, nor they wait for each other
+        return _set_distances(iter(blocks), seed)
+
+
+def _set_distances(blocks: Iterator[Block], seed: int) -> dict[str, dict[str, Any]]:
+    first, second = next(blocks, None), next(blocks, None)
+    if first is None or (second is None and len(first[0]) < 2):
         reason = "a distance between sets needs two images or more"
         return {name: not_measured_set(reason) for name in ("frechet_distance", "kernel_distance")}
-    wholes, without = zip(*(_leave_one_out(list(spreads.values())) for spreads in groups), strict=True)
+    kernel = KernelSum(seed)
+    if second is None:
+        first = _few_dimensions(*first)
+    groups = [[Scatter(features.mean(axis=0)) for _ in range(GROUPS)] for features in first]
+    count = 0
+    for block in chain([first] if second is None else [first, second], blocks):
+        kernel.add(*block)
+        group = (count + np.arange(len(block[0]))) % GROUPS
+        for scatters, features in zip(groups, block, strict=True):
+            for number, scatter in enumerate(scatters):
+                scatter.add(features[group == number])
+        count += len(block[0])
+    wholes = [reduce(Scatter.plus, scatters) for scatters in groups]
     frechet = frechet_distance(*wholes)
-    left = [frechet_distance(*pair) for pair in zip(*without, strict=True)] if count > 2 else []
+    left = []
+    for parts in zip(*groups, strict=True):
+        if 0 < parts[0].count < count - 1:
+            left.append(frechet_distance(*(whole.plus(part, -1) for whole, part in zip(wholes, parts, strict=True))))
     return {
         "frechet_distance": _figure(frechet, jackknife_ci(frechet, left), count),
         "kernel_distance": _figure(kernel.value, kernel.interval, count),
     }
 
 
-def _leave_one_out(parts: Sequence[Spread]) -> tuple[Spread, list[Spread]]:
-    """(all merged, for each part all but it), from the merged beginnings and ends of the list."""
-    heads = list(accumulate(parts, merge))
-    tails = list(accumulate(reversed(parts), merge))[::-1]
-    without = [merge(heads[index - 1], tails[index + 1]) for index in range(1, len(parts) - 1)]
-    return heads[-1], [tails[1], *without, heads[-2]] if len(parts) > 1 else []
+def _few_dimensions(reference: np.ndarray, candidate: np.ndarray) -> Block:
+    """The same vectors in coordinates of the space they span, (m, min(2 m, d)): no distance or product changes."""
+    rows = np.vstack([reference, candidate]).astype(np.float64)
+    if len(rows) < rows.shape[1]:
+        rows = rows @ np.linalg.qr(rows.T)[0]
+    return rows[: len(reference)], rows[len(reference) :]
 
 
 def jackknife_ci(value: float, left: Sequence[float], level: float = 0.95) -> tuple[float, float] | None:
     """value ± t · standard error, from the estimates with one group left out each; None for fewer than two."""
     if len(left) < 2:
         return None
-    from scipy import stats  # lpips, without which there are no features, needs it too
+    from scipy.special import stdtrit  # lpips, without which there are no features, needs scipy too
 
     estimates = np.asarray(left)
     error = np.sqrt((len(left) - 1) * np.mean((estimates - estimates.mean()) ** 2))
-    reach = float(stats.t.ppf((1 + level) / 2, len(left) - 1) * error)
+    reach = float(stdtrit(len(left) - 1, (1 + level) / 2) * error)
     return max(0.0, value - reach), value + reach
 
 

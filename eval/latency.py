@@ -70,7 +70,10 @@ class Worker:
         self.threads = threads or usable_threads()
         self.timeout_s = timeout_s
         self.huge_pages = huge_pages
-        self.load_ms: float | None = None
+        self.load_ms: float | None = None  # imports included
+        self.cold_start_ms: dict[str, float] = {}
+        self.processors: list[int] = []
+        self.clock = "host"  # what the last `run` was timed with
         self._process: subprocess.Popen[str] | None = None
         self._answers: queue.Queue[str | None] = queue.Queue()
         self._folder: Path | None = None
@@ -89,7 +92,11 @@ class Worker:
         return self._process is not None and self._process.poll() is None
 
     def start(self) -> None:
-        """Start the process and load the subject."""
+        """Start the process and load the subject.
+
+        `cold_start_ms` has "process" (interpreter, numpy), "import" (the engine's library) and "load" (opening engines).
+        """
+        began = time.time()
         self._folder = Path(tempfile.mkdtemp(prefix="ldm-deploy-worker-"))
         environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads), "PYTHONUNBUFFERED": "1"}
         if self.huge_pages:
@@ -107,13 +114,21 @@ class Worker:
             )
         threading.Thread(target=self._listen, args=(self._process.stdout,), daemon=True).start()
         try:
-            self.load_ms = self._ask({"op": "load", "spec": self.spec, "threads": self.threads})["load_ms"]
+            answer = self._ask({"op": "load", "spec": self.spec, "threads": self.threads})
         except BaseException:
             self.stop()
             raise
+        process_ms = max(0.0, 1000 * (answer["ready"] - began))  # both clocks are the system's
+        self.cold_start_ms = {"process": process_ms, "import": answer["import_ms"], "load": answer["load_ms"]}
+        self.load_ms, self.processors = answer["import_ms"] + answer["load_ms"], answer["processors"]
 
-    def image(self, prompt: str, seed: int, **options: Any) -> tuple[float, np.ndarray]:
-        """Draw one image: (milliseconds, uint8 (H, W, 3)). `options`: the pipeline's keyword arguments."""
+    def image(
+        self, prompt: str | Sequence[str], seed: int | Sequence[int], **options: Any
+    ) -> tuple[float, np.ndarray]:
+        """Draw one image, or several at once: (milliseconds, the first as uint8 (H, W, 3)).
+
+        `options`: the pipeline's keyword arguments.
+        """
         out = self._files() / "image.npy"
         answer = self._ask({"op": "image", "prompt": prompt, "seed": seed, **options, "out": str(out)})
         return answer["latency_ms"], np.load(out, allow_pickle=False)
@@ -129,6 +144,7 @@ class Worker:
     def run(self, feeds: str, *, component: str | None = None, repeats: int = 1) -> list[float]:
         """Run one engine `repeats` times on feeds from `put`: milliseconds of each call."""
         answer = self._ask({"op": "run", "feeds": feeds, "component": component, "repeats": repeats})
+        self.clock = answer["clock"]
         times: list[float] = answer["latency_ms"]
         return times
 
@@ -139,9 +155,9 @@ class Worker:
         """
         return self._ask({"op": "settle"})
 
-    def peak_memory_bytes(self) -> int:
-        """The largest resident set of the worker's process so far."""
-        return int(self._ask({"op": "memory"})["peak_memory_bytes"])
+    def memory(self) -> dict[str, Any]:
+        """What the worker's process held and holds: see `MemoryLog.report`."""
+        return self._ask({"op": "memory"})
 
     def stop(self, patience_s: float = 0.5) -> None:
         """End the process, whatever state it is in; it has `patience_s` to go by itself. May be called again."""

@@ -89,9 +89,7 @@ class Lpips:
         found = []
         with torch.inference_mode():
             for start in range(0, len(reference), BATCH):
-                one, other = (
-                    self._layers(_tensor(images[start : start + BATCH])) for images in (reference, candidate)
-                )
+                one, other = (self._layers(_tensor(images[start : start + BATCH])) for images in (reference, candidate))
                 distance = (self._embed(one) - self._embed(other)).double().square().sum(1)
                 last = (lpips.normalize_tensor(layers[-1]).mean((2, 3)) for layers in (one, other))
                 found.append((distance.numpy(), *(vectors.numpy() for vectors in last)))

@@ -40,12 +40,15 @@ def check_pair(reference: np.ndarray, candidate: np.ndarray) -> None:
 
 
 def check_range(reference: np.ndarray, candidate: np.ndarray, peak: float) -> None:
-    """Raises `ValueError` unless every value of both fits into a range of `peak`, as the largest possible difference."""
+    """Raises `ValueError` unless the values of each span `peak` or less, which is the largest possible difference.
+
+    A candidate may overshoot by a quarter: where the peak is the reference's own range, an engine's error leads beyond.
+    """
     if not peak > 0:
         raise ValueError(f"peak is {peak}; give the largest possible value, 255 for uint8")
     for name, image in (("reference", reference), ("candidate", candidate)):
         low, high = (float(image.min()), float(image.max())) if image.size else (0.0, 0.0)
-        if high - low > peak:
+        if high - low > peak * (1 if image is reference else 1.25):
             raise ValueError(
                 f"the {name} ranges from {low:g} to {high:g}, more than the peak {peak:g}; "
                 "bring both images to one range and give its width as the peak"
@@ -102,11 +105,11 @@ def ssim(reference: np.ndarray, candidate: np.ndarray, *, peak: float) -> np.nda
 
 
 def ms_ssim_weights(height: int, width: int) -> np.ndarray:
-    """The weights of the scales an image has room for, summing to 1: five from 176 pixels, three at 64.
+    """The weights of the scales an image has room for: five from 176 pixels, three at 64.
 
     Wang et al. 2003 use five scales, the coarsest at a sixteenth of the size, which a window of 11 needs 176 pixels
-    for. A smaller image gets the finest of them that fit, with their weights renormalised, so figures of different
-    numbers of scales do not compare. Raises `ValueError` below two scales: that is SSIM.
+    for. A smaller image gets the finest of them that fit, their weights brought to the sum of all five, so figures of
+    different numbers of scales do not compare. Raises `ValueError` below two scales: that is SSIM.
     """
     scales = sum(min(height, width) >> scale >= WINDOW for scale in range(len(MS_SSIM_WEIGHTS)))
     if scales < 2:
@@ -114,7 +117,7 @@ def ms_ssim_weights(height: int, width: int) -> np.ndarray:
             f"MS-SSIM needs images of {2 * WINDOW}x{2 * WINDOW} or more, room for two scales; got {height}x{width}"
         )
     weights = np.array(MS_SSIM_WEIGHTS[:scales])
-    return np.asarray(weights / weights.sum())
+    return np.asarray(weights * (sum(MS_SSIM_WEIGHTS) / weights.sum()))
 
 
 def ms_ssim(reference: np.ndarray, candidate: np.ndarray, *, peak: float) -> np.ndarray:

@@ -28,7 +28,7 @@ SETS = ("frechet_distance", "kernel_distance")
 
 Pairs = Sequence[tuple[str, int]]  # prompt, seed
 Arrays = dict[str, np.ndarray]  # first axis: the image
-Label = Mapping[str, Any]  # what names an image in a report
+Label = dict[str, Any]  # what names an image in a report
 
 
 def compare_images(
@@ -38,14 +38,17 @@ def compare_images(
 
     Images are uint8 (n, H, W, 3), drawn for the same `pairs`. A metric that cannot be computed is null with its reason.
     """
-    labels = [{"prompt": prompt, "seed": number} for prompt, number in pairs]
+
+    def label(index: int) -> Label:
+        return {"prompt": pairs[index][0], "seed": pairs[index][1]}
+
     found, reasons = measure_pairs(reference, candidate, lpips)
     blocks = [(found["reference_features"], found["candidate_features"])] if "lpips" in found else []
-    quality = summarise(found, reasons, labels, lpips, blocks, size=reference.shape[1:3], seed=seed)
-    return quality, [{**label, **image_entry(found, index)} for index, label in enumerate(labels)]
+    quality = summarise(found, reasons, label, lpips, blocks, size=reference.shape[1:3], seed=seed)
+    return quality, [label(index) | image_entry(found, index) for index in range(len(pairs))]
 
 
-def measure_pairs(reference: np.ndarray, candidate: np.ndarray, lpips: Lpips) -> tuple[Arrays, dict[str, str]]:
+def measure_pairs(reference: np.ndarray, candidate: np.ndarray, lpips: Lpips | None) -> tuple[Arrays, dict[str, str]]:
     """What is known of every pair by itself, so that pairs may be measured in any parts; and why the rest is not.
 
     uint8 (n, H, W, 3) twice -> arrays with n rows: `mse` and `tile_mse` in squared grey levels, `tile_at` (top, left),
@@ -53,24 +56,20 @@ def measure_pairs(reference: np.ndarray, candidate: np.ndarray, lpips: Lpips) ->
     and `candidate_features` for distances between sets.
     """
     measures: dict[str, Callable[[], Arrays]] = {
-        "psnr_db": lambda: {"mse": (mse := mse_each(reference, candidate)), "psnr_db": psnr_db_of(mse, peak=PEAK)},
+        "psnr_db": lambda: _errors(reference, candidate),
         "ssim": lambda: {"ssim": ssim(reference, candidate, peak=PEAK)},
         "ms_ssim": lambda: {"ms_ssim": ms_ssim(reference, candidate, peak=PEAK)},
-        "lpips": lambda: dict(
-            zip(
-                ("lpips", "reference_features", "candidate_features"), lpips.compare(reference, candidate), strict=True
-            )
-        ),
         "delta_e2000": lambda: {"delta_e2000": delta_e2000_each(reference, candidate)},
         "tile_psnr_db": lambda: _tiles(reference, candidate),
         "colour_shift": lambda: {"colour_shift": colour_shift_each(reference, candidate)},
     }
     arrays: Arrays = {}
     reasons: dict[str, str] = {}
+    if lpips is not None and lpips.available:
+        measures["lpips"] = lambda: _lpips(reference, candidate, lpips)
+    else:
+        reasons["lpips"] = str(lpips.reason) if lpips else "it was not asked for"
     for name, measure in measures.items():
-        if name == "lpips" and lpips.reason is not None:
-            reasons[name] = lpips.reason
-            continue
         try:
             arrays |= measure()
         except (ValueError, RuntimeError) as error:  # unequal shapes; images too small for a window or the backbone
@@ -78,9 +77,19 @@ def measure_pairs(reference: np.ndarray, candidate: np.ndarray, lpips: Lpips) ->
     return arrays, reasons
 
 
+def _errors(reference: np.ndarray, candidate: np.ndarray) -> Arrays:
+    mse = mse_each(reference, candidate)
+    return {"mse": mse, "psnr_db": psnr_db_of(mse, peak=PEAK)}
+
+
 def _tiles(reference: np.ndarray, candidate: np.ndarray) -> Arrays:
     mse, place = worst_tile_each(reference, candidate)
     return {"tile_mse": mse, "tile_at": place, "tile_psnr_db": psnr_db_of(mse, peak=PEAK)}
+
+
+def _lpips(reference: np.ndarray, candidate: np.ndarray, lpips: Lpips) -> Arrays:
+    distance, first, second = lpips.compare(reference, candidate)
+    return {"lpips": distance, "reference_features": first, "candidate_features": second}
 
 
 def image_entry(found: Mapping[str, np.ndarray], index: int) -> dict[str, Any]:
@@ -96,14 +105,14 @@ def image_entry(found: Mapping[str, np.ndarray], index: int) -> dict[str, Any]:
 def summarise(
     found: Mapping[str, np.ndarray],
     reasons: Mapping[str, str],
-    labels: Sequence[Label],
+    label: Callable[[int], Label],
     lpips: Lpips,
     blocks: Iterable[Block],
     *,
     size: Sequence[int],
     seed: int = 0,
 ) -> dict[str, Any]:
-    """report.json's `quality` from what `measure_pairs` found; `labels` name the images, `blocks` are their features.
+    """report.json's `quality` from what `measure_pairs` found; `label` names image i, `blocks` are their features.
 
     Every figure has a 95 % interval over images. Both images of a pair are resampled together, and the same seed draws
     the same images for every metric. `size`: height and width of the images.
@@ -114,7 +123,7 @@ def summarise(
         if name in reasons:
             quality[name] = not_measured(reasons[name])
         else:
-            quality[name] = _figure(found[name], labels, WORST_IS_LOW[name], seed)
+            quality[name] = _figure(found[name], label, WORST_IS_LOW[name], seed)
     quality["lpips"] |= backbone
     if "mse" in found:
         quality["psnr_db"] |= {
@@ -131,7 +140,7 @@ def summarise(
     quality["colour_shift"] = (
         not_measured(reasons["colour_shift"])
         if "colour_shift" in reasons
-        else _shift(found["colour_shift"], labels, seed)
+        else _shift(found["colour_shift"], label, seed)
     )
     if "lpips" in reasons:
         sets = {name: not_measured_set(reasons["lpips"]) for name in SETS}
@@ -153,13 +162,13 @@ def not_measured(reason: str) -> dict[str, Any]:
     return {"mean": None, "worst": None, "ci95": None, "n": 0, "reason": reason}
 
 
-def _figure(values: np.ndarray, labels: Sequence[Label], worst_is_low: bool, seed: int) -> dict[str, Any]:
+def _figure(values: np.ndarray, label: Callable[[int], Label], worst_is_low: bool, seed: int) -> dict[str, Any]:
     worst = int(values.argmin() if worst_is_low else values.argmax())
     interval = bootstrap_ci(values, np.mean, seed=seed)
     return {
         "mean": float(values.mean()),
         "worst": float(values[worst]),
-        "worst_image": dict(labels[worst]),
+        "worst_image": label(worst),
         "ci95": list(interval) if interval else None,
         "n": len(values),
         "reason": None,
@@ -176,14 +185,14 @@ def _pooled(mse: np.ndarray, seed: int) -> dict[str, Any]:
     return {"value": float(pooled(mse, 0)), "ci95": list(interval) if interval else None}
 
 
-def _shift(values: np.ndarray, labels: Sequence[Label], seed: int) -> dict[str, Any]:
+def _shift(values: np.ndarray, label: Callable[[int], Label], seed: int) -> dict[str, Any]:
     """As `_figure`, with red, green and blue in every place."""
     worst = int(np.abs(values).max(axis=1).argmax())
     intervals = [bootstrap_ci(channel, np.mean, seed=seed) for channel in values.T]
     return {
         "mean": [float(value) for value in values.mean(axis=0)],
         "worst": [float(value) for value in values[worst]],
-        "worst_image": dict(labels[worst]),
+        "worst_image": label(worst),
         "ci95": None if None in intervals else [list(interval) for interval in intervals if interval],
         "n": len(values),
         "reason": None,

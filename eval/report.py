@@ -15,6 +15,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from ldm_deploy.artifact import atomic_write_bytes, atomic_write_json
+from ldm_deploy.eval.budget import AGAINST
 from ldm_deploy.eval.page import to_html
 from ldm_deploy.eval.tables import count_gates, format_gate_value, open_gates, reasons, table
 
@@ -22,12 +23,25 @@ KEPT, FAILED, NOT_MEASURED = 0, 3, 4
 
 
 def exit_code(report: Mapping[str, Any]) -> int:
-    """0: the chosen variant keeps its budget. Without one, 4 if only a required measurement is missing, else 3."""
+    """What `ldm-deploy eval` ends with: 0 kept, 3 a gate failed, 4 a required one was not measured.
+
+    Against its budget the chosen variant counts; without one it is 4 if only a required measurement is missing, else 3.
+    Against a stored result every variant counts, whether it is chosen or not.
+    """
+    against = [gate for row in report["variants"] for gate in row["gates"] if gate["name"] in AGAINST]
+    missing = any(gate["required"] and gate["result"] == "not measured" for gate in against)
+    worse = any(gate["result"] == "fail" for gate in against)
+    code = _budget_code(report)
+    return FAILED if worse else code or (NOT_MEASURED if missing else KEPT)
+
+
+def _budget_code(report: Mapping[str, Any]) -> int:
     if report["chosen"] is not None:
         return KEPT
     for row in report["variants"]:
-        failed = any(gate["result"] == "fail" for gate in row["gates"])
-        missing = any(gate["required"] and gate["result"] == "not measured" for gate in row["gates"])
+        gates = [gate for gate in row["gates"] if gate["name"] not in AGAINST]
+        failed = any(gate["result"] == "fail" for gate in gates)
+        missing = any(gate["required"] and gate["result"] == "not measured" for gate in gates)
         if row["status"] == "ok" and row["refused"] is None and missing and not failed:
             return NOT_MEASURED
     return FAILED
@@ -60,8 +74,8 @@ def print_table(result: Mapping[str, Any]) -> None:
     shown = Table(box=None, pad_edge=False)
     for index, head in enumerate(heads):
         shown.add_column(head, justify="left" if index in (0, len(heads) - 1) else "right", overflow="fold")
-    for row in rows:
-        shown.add_row(*row)
+    for cells in rows:
+        shown.add_row(*cells)
     console.print(shown)
     if result["baseline"]["reason"]:
         console.print(f"baseline {result['baseline']['status']}: {result['baseline']['reason']}")
@@ -69,6 +83,8 @@ def print_table(result: Mapping[str, Any]) -> None:
         optional = "" if gate["required"] else " (not required)"
         console.print(f"{row['name']}: {gate['name']} {gate['result']}{optional}: {gate['reason']}")
     console.print(f"chosen: {result['chosen'] or 'none'}. {result['why']}")
+    if "against" in result:
+        console.print(result["against"]["note"])
 
 
 def to_markdown(result: Mapping[str, Any]) -> str:
@@ -76,6 +92,8 @@ def to_markdown(result: Mapping[str, Any]) -> str:
     heads, rows = table(result)
     why, *others = reasons(result)
     lines = [f"**Chosen: {result['chosen'] or 'none'}.** {_cell(why)}", ""]
+    if "against" in result:
+        lines += [_cell(f"{result['against']['note']}."), ""]
     lines += [_row(heads), _row(["---", *["---:"] * (len(heads) - 2), "---"])]
     lines += [_row(row) for row in rows]
     lines += ["", *(f"- {_cell(sentence)}" for sentence in others)]

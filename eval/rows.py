@@ -12,7 +12,9 @@ from ldm_deploy.eval.lpips_distance import Lpips
 from ldm_deploy.eval.measure import BASELINE, Measured
 from ldm_deploy.eval.memory import fp32_size_bytes, size_bytes
 from ldm_deploy.eval.quality import compare_images, constant_images, flat_reason, nothing_measured
+from ldm_deploy.eval.sketch import sketch_images
 from ldm_deploy.eval.speedup import speedup
+from ldm_deploy.eval.throughput import throughput
 from ldm_deploy.models.sources import weight_files
 
 COARSEST_FIRST = ("w4", "w8", "int8", "mixed", "bf16", "fp16", "fp32")  # a variant is named after its coarsest engine
@@ -31,7 +33,7 @@ def baseline_row(source: Path | None, reason: str | None, found: Measured) -> Ro
     if BASELINE in found.failed:
         return row | {"status": "failed", "reason": found.failed[BASELINE]}
     components = [
-        {"name": component, "latency_ms": summary(samples[BASELINE])}
+        {"name": component, "latency_ms": summary(samples[BASELINE]), **_timing(component, BASELINE, found)}
         for component, samples in found.component_ms.items()
         if BASELINE in samples
     ]
@@ -40,6 +42,7 @@ def baseline_row(source: Path | None, reason: str | None, found: Measured) -> Ro
         "latency_ms": summary(found.latency_ms[BASELINE]),
         "load_ms": found.load_ms[BASELINE],
         "peak_memory_bytes": found.memory_bytes.get(BASELINE),
+        **_process(BASELINE, found),
         "components": components,
     }
 
@@ -61,10 +64,26 @@ def variant_row(bundle: Mapping[str, Any], root: Path, variant: Mapping[str, Any
         "latency_ms": summary(found.latency_ms[name]),
         "load_ms": found.load_ms[name],
         "peak_memory_bytes": found.memory_bytes.get(name),
+        **_process(name, found),
     }
     if BASELINE in found.latency_ms:
         row["speedup"] = speedup(found.latency_ms[BASELINE], found.latency_ms[name], BASELINE, seed=seed)
     return row
+
+
+def _process(name: str, found: Measured) -> Row:
+    """What the process of a variant or the baseline gave beside its latency."""
+    return {
+        "cold_start_ms": found.cold_start_ms.get(name),
+        "memory": found.memory.get(name),
+        "throughput": throughput(found.batch_ms, name),
+    }
+
+
+def _timing(component: str, engine: str, found: Measured) -> Row:
+    """What is known of the timing of an engine beside its latency."""
+    batches = found.component_batch_ms.get(component, {})
+    return {"clock": found.clock.get(engine), "throughput": throughput(batches, engine)}
 
 
 def empty_row(name: str, runtime: str, device: str, precision: str) -> Row:
@@ -82,6 +101,9 @@ def empty_row(name: str, runtime: str, device: str, precision: str) -> Row:
         "quality": None,
         "latency_ms": None,
         "load_ms": None,
+        "cold_start_ms": None,
+        "memory": None,
+        "throughput": [],
         "speedup": None,
         "comparisons": [],
         "peak_memory_bytes": None,
@@ -110,6 +132,7 @@ def _component(engine: Mapping[str, Any], bundle: Mapping[str, Any], found: Meas
         "size_bytes": engine.get("size_bytes"),
         "parity": engine.get("parity"),
         "latency_ms": None if own is None else summary(own),
+        **_timing(engine["component"], engine["id"], found),
         "speedup": None,
         "costly_ops": None,
     }
@@ -134,12 +157,16 @@ def _sibling(
 def add_quality(row: Row, found: Measured, grid: Grid, lpips: Lpips, seed: int) -> None:
     """Fill in `quality` and `images`; a variant that draws flat images where the baseline does not has failed."""
     name = row["name"]
+    if name in found.images:
+        sketches = zip(grid.pairs, sketch_images(found.images[name]), strict=True)
+        row["images"] = [{"prompt": prompt, "seed": number, "sketch": text} for (prompt, number), text in sketches]
     if name not in found.images or BASELINE not in found.images:
         whose = name if name not in found.images else BASELINE
         row["quality"] = nothing_measured(f"{whose} drew no images; its row says why", lpips)
         return
     reference, candidate = found.images[BASELINE], found.images[name]
-    row["quality"], row["images"] = compare_images(reference, candidate, grid.pairs, lpips, seed=seed)
+    row["quality"], entries = compare_images(reference, candidate, grid.pairs, lpips, seed=seed)
+    row["images"] = [entry | sketched for entry, sketched in zip(entries, row["images"], strict=True)]
     flat = flat_reason(constant_images(candidate, grid.pairs), constant_images(reference, grid.pairs))
     if flat is not None:
         row |= {"status": "failed", "reason": flat}

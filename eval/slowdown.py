@@ -132,9 +132,10 @@ def judge_slowdown(
             worker.stop()
     after = conditions()
     reason = _reason(result, interval, limit, level, len(pairs), seconds, after)
+    ratio, low, high, left_out = (None, None, None, 0) if interval is None else interval
     return Slowdown(
-        result, reason, *((None, None, None, 0) if interval is None else interval), limit, level, len(pairs),
-        processes, huge_pages, seconds, {"before": before, "after": after},
+        result, reason, ratio, low, high, left_out, limit, level, len(pairs), processes, huge_pages, seconds,
+        {"before": before, "after": after},
     )  # fmt: skip
 
 

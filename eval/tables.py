@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from ldm_deploy.eval.budget import AGAINST
+
 DASH = "–"
 
 
@@ -111,6 +113,9 @@ def table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def verdict(row: Mapping[str, Any], chosen: str | None) -> str:
     """One or two words for the last column."""
+    worse = [gate["name"] for gate in row["gates"] if gate["name"] in AGAINST and gate["result"] == "fail"]
+    if worse:
+        return f"worse than stored: {', '.join(worse)}"
     if row["name"] == chosen:
         return "chosen"
     if row["refused"] is not None:

@@ -172,8 +172,8 @@ class Session:
         raise ValueError(f"operation {operation!r} is unknown; allowed: load, image, run, settle, memory, quit")
 
     def load(self, spec: dict[str, Any], threads: int) -> dict[str, Any]:
-        """Import what the subject needs, then load it: milliseconds of both."""
-        start = time.perf_counter()
+        """Import what the subject needs, then load it: milliseconds of both, and the time (s) when it began."""
+        ready, start = time.time(), time.perf_counter()
         self.processors = pin(threads)
         modules, device = requirements(spec)
         for module in modules:
@@ -185,7 +185,8 @@ class Session:
         self.memory.loaded()
         self.loaded = thread_times()
         times = {"import_ms": imported - start, "load_ms": time.perf_counter() - imported}
-        return {**{name: 1000 * value for name, value in times.items()}, "processors": self.processors}
+        milliseconds = {name: 1000 * value for name, value in times.items()}
+        return {"ready": ready, **milliseconds, "processors": self.processors}
 
     def run(self, request: dict[str, Any]) -> dict[str, Any]:
         """Milliseconds of `repeats` calls of one engine on the feeds of a .npz file, which is read once."""
@@ -212,7 +213,6 @@ def one_line(error: BaseException) -> str:
 
 
 def main() -> None:
-    ready = time.time()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     session = Session()

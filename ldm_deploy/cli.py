@@ -242,35 +242,63 @@ def analyze(
 
 @command
 def eval_(
-    directory: Annotated[Path, Argument(metavar="DIR", help="A bundle or a reference directory.")],
+    directory: Annotated[Path, Argument(metavar="DIR", help="A bundle, a reference or a folder of images.")],
     budget: Budget = None,
-    reference: Annotated[Path | None, Option("--reference", metavar="DIR", help="The fp32 model.")] = None,
-    against: Annotated[Path | None, Option("--against", metavar="REPORT.json", help="Not built yet.")] = None,
-    data: Annotated[str | None, Option("--data", metavar="PATH", help="Images to score a reference.")] = None,
+    reference: Annotated[Path | None, Option("--reference", metavar="DIR", help="The fp32 model, or images.")] = None,
+    against: Annotated[Path | None, Option("--against", metavar="REPORT.json", help="An earlier result.")] = None,
+    data: Annotated[str | None, Option("--data", metavar="PATH", help="Images of your own to reconstruct.")] = None,
     out: Annotated[Path | None, Option("--out", metavar="DIR", help="For the report (DIR.report).")] = None,
+    processes: Annotated[int | None, Option("--processes", min=1, help="To compare images with.")] = None,
+    ray: Annotated[str | None, Option("--ray", metavar="ADDRESS", help="Compare images on a Ray cluster.")] = None,
     json: Json = None, seed: Seed = 0, threads: Threads = None, quiet: Quiet = False,
 ) -> Result:  # fmt: skip
     """Measure every variant and check the budget.
 
-    Quality, latency, memory and size against the fp32 reference in torch, with the same seeds.
+    Quality, latency, memory and size against the fp32 reference in torch, with the same seeds; with --against also
+    against an earlier report.json of this bundle, and exit 3 if it was better. Of a folder of images: their quality
+    against the images of the same names in --reference.
     """
-    if against is not None:
-        raise StageMissingError("--against is not built yet; compare the two report.json files yourself")
+    from ldm_deploy.eval import reconstruction
+
     if (directory / "model.json").is_file():
+        if against is not None:
+            raise ConfigError(f"{directory} is a reference, and --against compares bundles; leave it out")
         from ldm_deploy.eval.reference import score_reference
 
         images = data or os.environ.get("LDM_DEPLOY_DATA")
         if images is None:
             raise ConfigError(f"{directory} is a reference, which is scored on images; give --data PATH")
+        if reconstruction.is_plain_folder(images):
+            record = reconstruction.reconstruct_reference(directory, images, threads=threads, seed=seed)
+            print("\n".join(reconstruction.describe(directory.name, record)))
+            return {"format": 1, "reconstruction": record}, 0
         return score_reference(directory, images), 0
     from ldm_deploy.eval.budget import load_budget
+
+    report_dir = out or directory.absolute().with_name(directory.absolute().name + ".report")
+    if reference is not None and directory.is_dir() and not (directory / "bundle.json").is_file():
+        from ldm_deploy.eval import folders
+
+        report = folders.compare_folders(
+            directory, reference, report_dir, processes=processes or threads, ray_address=ray,
+            budget=load_budget(budget) if budget else None, seed=seed,
+        )  # fmt: skip
+        print("\n".join(folders.describe(report)))
+        return report, folders.exit_code(report)
     from ldm_deploy.eval.compare import evaluate_bundle
+    from ldm_deploy.eval.regression import read_stored
     from ldm_deploy.eval.report import exit_code, print_table, write_report
 
     limits = load_budget(budget)
-    report = evaluate_bundle(directory, reference=reference, budget=limits, threads=threads, seed=seed)
-    write_report(report, out or directory.absolute().with_name(directory.absolute().name + ".report"))
+    stored = None if against is None else read_stored(against)
+    report = evaluate_bundle(
+        directory, reference=reference, budget=limits, threads=threads, seed=seed, images=data, against=stored
+    )
+    write_report(report, report_dir)
     print_table(report)
+    for row in (report["baseline"], *report["variants"]) if data is not None else ():
+        if row.get("reconstruction"):
+            print("\n".join(reconstruction.describe(row["name"], row["reconstruction"])))
     return report, exit_code(report)
 
 

@@ -262,6 +262,42 @@ def test_missing_budget(ldm_deploy_cli: Cli, bundle: Path) -> None:
     check(ldm_deploy_cli("eval", bundle, "--budget", bundle.parent / "none.toml"), 2, "none.toml")
 
 
+# Stored results
+
+
+STORED: dict[str, Any] = {
+    "format": 1, "created": "2026-01-01T00:00:00+00:00", "variants": [],
+    "source": {"name": "tiny", "digest": "sha256:" + "0" * 64},
+    "protocol": {"threads": 1}, "machine": {"fingerprint": "sha256:0", "cpu": "x", "versions": {}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({"format": 2}, ("has format 2; this version reads format 1: store a new result",)),
+        ({"variants": [{"name": "x"}]}, ("is damaged", "restore it")),
+        (
+            {"source": {"name": "tiny", "digest": "sha256:" + "1" * 64}},
+            ("is of another model (sha256:11", "store a new"),
+        ),
+        ({}, ("was drawn with prompts_sha256 None, and this run with ", "store a new result")),
+    ],
+)
+def test_wrong_stored_result(ldm_deploy_cli: Cli, bundle: Path, change: dict[str, Any], parts: tuple[str, ...]) -> None:
+    stored = bundle.parent / "stored.json"
+    stored.write_text(json.dumps(STORED | change))
+    check(ldm_deploy_cli("eval", bundle, "--against", stored), 1, "stored.json", *parts)
+
+
+def test_cut_off_and_missing_stored_result(ldm_deploy_cli: Cli, bundle: Path) -> None:
+    stored = bundle.parent / "stored.json"
+    stored.write_text(json.dumps(STORED)[:50])
+    check(ldm_deploy_cli("eval", bundle, "--against", stored), 1, "stored.json is damaged")
+    stored.unlink()
+    check(ldm_deploy_cli("eval", bundle, "--against", stored), 1, "stored.json cannot be read: No such file")
+
+
 # The machine
 
 

@@ -113,7 +113,6 @@ def test_wrong_arguments_are_one_line_and_exit_2(ldm_deploy_cli: Cli, arguments:
             "for 'openvino-cpu' is not built yet",
         ),
         (["export", "reference", "--out", "b", "--precision", "bf16"], "not built for onnxruntime-cpu; there is: fp32"),
-        (["eval", "b", "--against", "report.json"], "--against is not built yet"),
     ],
 )
 def test_what_is_not_built_is_one_line_and_exit_1(ldm_deploy_cli: Cli, arguments: list[str], message: str) -> None:
@@ -158,6 +157,22 @@ def test_eval_hands_on_the_gates_exit_code(ldm_deploy_cli: Cli, stage: Any, tmp_
     assert done.code == code
     assert evaluate.call_args.args == (tmp_path / "bundle",)
     assert write.call_args.args[1] == tmp_path / "bundle.report"
+
+
+def test_eval_hands_on_the_stored_result(ldm_deploy_cli: Cli, stage: Any, tmp_path: Path) -> None:
+    read = stage("ldm_deploy.eval.regression", "read_stored", "what was stored")
+    evaluate = stage("ldm_deploy.eval.compare", "evaluate_bundle", {"variants": []})
+    for name, result in (("write_report", None), ("print_table", None), ("exit_code", 0)):
+        stage("ldm_deploy.eval.report", name, result)
+    assert ldm_deploy_cli("eval", tmp_path / "bundle", "--against", "stored.json").code == 0
+    read.assert_called_once_with(Path("stored.json"))
+    assert evaluate.call_args.kwargs["against"] == "what was stored"
+
+
+def test_a_reference_has_no_stored_result(ldm_deploy_cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "model.json").write_text("{}")
+    done = ldm_deploy_cli("eval", tmp_path, "--against", "stored.json")
+    assert (done.code, "is a reference, and --against compares bundles" in done.err) == (2, True)
 
 
 def test_eval_scores_a_reference(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
+from ldm_deploy.eval import compare
 from ldm_deploy.eval.budget import load_budget
 from ldm_deploy.eval.compare import PROTOCOL, Evaluation, judge
 from ldm_deploy.eval.grid import Grid
@@ -98,6 +102,28 @@ def case(tmp_path: Path) -> Case:
     folder = tmp_path / "toy"
     folder.mkdir()
     return Case(folder)
+
+
+@pytest.fixture
+def stand_in_baseline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """Makes a copy of a toy bundle the baseline of evaluations (a torch reference would take half a minute)."""
+    reference = tmp_path / "stand-in-reference"
+    reference.mkdir()
+    save_file({"weight": np.zeros(300, np.float16)}, str(reference / "unet.safetensors"))
+    sampling = {"sampler": "ddim", "steps": 3, "guidance_scale": 2.0}
+    (reference / "model.json").write_text(json.dumps({"format": 1, "sampling": sampling}))
+    original, measure = tmp_path / "stand-in-baseline", compare.measure
+
+    def with_stand_in(specs: dict[str, Any], *arguments: Any, **options: Any) -> Any:
+        specs[BASELINE] = {"kind": "variant", "bundle": str(original), "variant": FP32}
+        return measure(specs, *arguments, **options)
+
+    def use(bundle: Path) -> None:
+        shutil.copytree(bundle, original)
+        monkeypatch.setattr(compare, "find_reference", lambda *_: (reference, None))
+        monkeypatch.setattr(compare, "measure", with_stand_in)
+
+    return use
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from ldm_deploy.errors import BudgetError
-from ldm_deploy.eval.budget import LIMITS, Limits, Measured, check_limits, judge, load_budget
+from ldm_deploy.eval.budget import LIMITS, TOLERANCES, Limits, Measured, check_limits, judge, load_budget
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -55,6 +55,18 @@ def test_the_shipped_budget_has_every_limit_and_a_reason_for_each(root: Path) ->
         ("format = 1\n[parity]\nint8 = 0", "int8 is 0; give the largest relative error, a number above 0"),
         ("format = 1\ndefault = 3", r"\[default\] is 3; it must be a table"),
         ("format = 1\nvariant = 3", "`variant` is 3"),
+        (
+            "format = 1\n[regression]\npsnr_drop_max = 1",
+            r"\[regression\]: unknown key 'psnr_drop_max'; did you mean 'psnr_db_drop_max'\?",
+        ),
+        (
+            'format = 1\n[variant."int8-*".regression]\nspeedup_drop = 1',
+            r'\[variant."int8-\*".regression\]: unknown key \'speedup_drop\'; did you mean \'speedup_drop_max\'',
+        ),
+        ("format = 1\n[regression]\nsize_rise_max = '2x'", "size_rise_max is '2x'; give a number of 0 or more"),
+        ("format = 1\n[regression]\nrequired = ['ssim_min']", r"\[regression\]: required: unknown key 'ssim_min'"),
+        ("format = 1\nregression = 3", r"\[regression\] is 3; it must be a table"),
+        ("format = 1\nvariant.x.regression = 3", r'\[variant."x".regression\] is 3'),
         ("format = ", "is no valid TOML"),
     ],
 )
@@ -88,6 +100,17 @@ lpips_backbone = "vgg"
     both = budget.limits_for("int8-openvino-cpu")
     assert both.limits == {"psnr_db_min": 28, "ssim_min": 0.9}
     assert both.lpips_backbone == "vgg"
+
+
+def test_tolerances_are_the_shipped_ones_unless_a_file_has_its_own(tmp_path: Path) -> None:
+    shipped = load_budget().tolerances_for("int8-onnxruntime-cpu")
+    assert tuple(shipped.limits) == TOLERANCES
+    with_none = load_budget(write(tmp_path, 'format = 1\n[variant."int8-*".regression]\nssim_drop_max = 0.5'))
+    assert with_none.tolerances_for("fp32-onnxruntime-cpu") == load_budget().tolerances_for("fp32-onnxruntime-cpu")
+    assert with_none.tolerances_for("int8-onnxruntime-cpu").limits == {**shipped.limits, "ssim_drop_max": 0.5}
+    own = load_budget(write(tmp_path, "format = 1\n[regression]\nssim_drop_max = 0.1"))
+    assert own.tolerances_for("int8-onnxruntime-cpu").limits == {"ssim_drop_max": 0.1}
+    assert own.tolerances_for("int8-onnxruntime-cpu").required == ()
 
 
 def test_requiring_a_limit_that_is_not_set_is_an_error(tmp_path: Path) -> None:

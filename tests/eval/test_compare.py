@@ -15,7 +15,7 @@ import pytest
 from ldm_deploy.errors import ArtifactError, BundleError
 from ldm_deploy.eval import compare
 from ldm_deploy.eval.compare import Evaluation, evaluate_bundle, find_reference
-from ldm_deploy.eval.measure import BASELINE
+from ldm_deploy.eval.measure import BASELINE, Measured
 from ldm_deploy.eval.report import exit_code
 
 PROMPTS = ["red apple", "sun"]
@@ -67,27 +67,9 @@ def bundle(tiny: ModuleType, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def evaluate(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Evaluation]:
-    """`evaluate_bundle` with a copy of the toy bundle as its baseline (a torch reference would take half a minute)."""
-    import shutil
-
-    from safetensors.numpy import save_file
-
-    shutil.copytree(bundle, tmp_path / "original")
-    reference = tmp_path / "reference"
-    reference.mkdir()
-    save_file({"weight": np.zeros(300, np.float16)}, str(reference / "unet.safetensors"))
-    (reference / "model.json").write_text(
-        json.dumps({"format": 1, "sampling": {"sampler": "ddim", "steps": 3, "guidance_scale": 2.0}})
-    )
-    monkeypatch.setattr(compare, "find_reference", lambda *_: (reference, None))
-    measure = compare.measure
-
-    def with_stand_in(specs: dict[str, Any], *arguments: Any, **options: Any) -> Any:
-        specs[BASELINE] = {"kind": "variant", "bundle": str(tmp_path / "original"), "variant": FP32}
-        return measure(specs, *arguments, **options)
-
-    monkeypatch.setattr(compare, "measure", with_stand_in)
+def evaluate(bundle: Path, stand_in_baseline: Callable[[Path], None]) -> Callable[..., Evaluation]:
+    """`evaluate_bundle` with a copy of the toy bundle as its baseline."""
+    stand_in_baseline(bundle)
     return lambda **options: evaluate_bundle(bundle, prompts=PROMPTS, seeds=[0, 1], threads=1, **options)
 
 
@@ -102,7 +84,7 @@ def test_equal_engines_draw_equal_images_and_the_row_says_so(evaluate: Callable[
     assert row["status"] == "ok"
     assert row["quality"]["psnr_db"] == {
         "mean": 100.0, "worst": 100.0, "worst_image": {"prompt": "red apple", "seed": 0}, "ci95": [100.0, 100.0],
-        "n": 4, "reason": None, "peak": 255, "identical": 4,
+        "n": 4, "reason": None, "peak": 255, "identical": 4, "pooled": {"value": 100.0, "ci95": [100.0, 100.0]},
     }  # fmt: skip
     assert row["quality"]["ssim"]["mean"] == pytest.approx(1)
     assert row["latency_ms"]["samples"] == report["baseline"]["latency_ms"]["samples"] == 4
@@ -184,4 +166,33 @@ def test_a_damaged_bundle_is_not_measured(bundle: Path) -> None:
     content[len(content) // 2] ^= 1
     file.write_bytes(bytes(content))
     with pytest.raises(BundleError, match=file.name):
+        evaluate_bundle(bundle, threads=1)
+
+
+def add_study(bundle: Path, content: dict[str, Any]) -> None:
+    from ldm_deploy.runtime.bundle import write_bundle
+
+    (bundle / "sensitivity.json").write_text(json.dumps(content))
+    write_bundle(bundle, json.loads((bundle / "bundle.json").read_text()))
+
+
+def test_a_study_in_the_bundle_reaches_the_page(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ldm_deploy.eval.page import to_html
+    from tests.eval.studies import sensitivity
+
+    nothing = Measured()
+    nothing.failed[FP32] = "nothing is drawn in this test"
+    monkeypatch.setattr(compare, "measure", lambda *_, **__: nothing)
+    add_study(bundle, sensitivity())
+    report = evaluate_bundle(bundle, threads=1)
+    assert report.studies == {"sensitivity": sensitivity()}
+    assert "mid.attention" in to_html(report)
+
+
+def test_a_damaged_study_is_refused_before_anything_is_measured(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ldm_deploy.errors import EvaluationError
+
+    add_study(bundle, {"format": 2})
+    monkeypatch.setattr(compare, "measure", lambda *_, **__: pytest.fail("it was measured"))
+    with pytest.raises(EvaluationError, match=r"sensitivity.json: \$"):
         evaluate_bundle(bundle, threads=1)

@@ -90,7 +90,7 @@ def test_rescaling_changes_nothing_in_fp32(where: str) -> None:
         with torch.no_grad():
             found = graph(torch.from_numpy(sample["latent"])).numpy()
         # Powers of two are exact; only eps beside a variance of another size rounds differently.
-        assert relative_error(run(module, sample), found) < 1e-6
+        assert relative_error(run(module, sample), found) < 5e-6
     values = [node.name for node in graph.graph.nodes if node.op == "call_function"]
     assert max(after[name] for name in values if name in after) <= LARGEST / MARGIN
     assert max(scan[name] for name in values if name in scan) > LARGEST

@@ -17,6 +17,8 @@ from ldm_deploy.export.to_onnx import component_axes
 from ldm_deploy.export.traced import Traced
 from ldm_deploy.models.sources import load_source
 
+pytestmark = pytest.mark.timeout(900)  # a whole reference is exported
+
 
 def test_what_we_export_keeps_the_rules(reference: Path, tmp_path: Path) -> None:
     source = load_source(reference)
