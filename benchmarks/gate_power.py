@@ -9,8 +9,8 @@ With every processor to itself it takes about an hour. Exits 1 if a target is mi
 - `same engine twice`: the U-Net of the shipped reference in ONNX Runtime, fp32, two threads, the batch of two that
   guidance asks for, against itself. Every trial starts its own processes, so that their whims are sampled too.
 - `5 % slower`: the same, where every call of the candidate is followed by busy waiting for 5 % of its own time.
-- `int8: …`, `fp32: …`: whole variants of the shipped reference against stored results, with a fault planted
-  in one engine (`planted_faults.py`) or with none and another number of threads; see `gate_power_quality.py`. Load does not
+- `int8: …`, `fp32: …`: whole variants of the shipped reference against stored results, with a fault planted in one
+  engine (`planted_faults.py`) or with none and another number of threads; see `gate_power_quality.py`. Load does not
   change images, so these are run without.
 - `elsewhere, int8: …`: as if the result had been stored on another machine, to show what can be told there.
 

@@ -21,7 +21,7 @@ from ldm_deploy.errors import EvaluationError
 from ldm_deploy.eval.budget import QUALITY, Budget, Limits, check_limits
 from ldm_deploy.eval.choose import quality_figures
 from ldm_deploy.eval.distribution import Block
-from ldm_deploy.eval.image_files import image_size, paired_names
+from ldm_deploy.eval.image_files import SUFFIXES, image_size, paired_names
 from ldm_deploy.eval.lpips_distance import Lpips
 from ldm_deploy.eval.machine import machine, usable_threads
 from ldm_deploy.eval.quality import METRICS, describe_figure, image_entry, summarise
@@ -31,6 +31,13 @@ from ldm_deploy.progress import task
 FEATURES = ("reference_features", "candidate_features")
 
 Record = dict[str, Any]
+
+
+def is_meant(directory: Path, reference: Path | None) -> bool:
+    """Whether `ldm-deploy eval` was given a folder of images: no bundle, and images in it or something to compare."""
+    if not directory.is_dir() or (directory / "bundle.json").is_file():
+        return False
+    return reference is not None or any(path.suffix.lower() in SUFFIXES for path in directory.iterdir())
 
 
 def compare_folders(

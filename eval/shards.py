@@ -106,7 +106,8 @@ def write_shard(folder: Path, shard: Shard, found: Measured) -> None:
 def read_shard(folder: Path, shard: Shard, names: Sequence[str] | None = None) -> Measured | None:
     """What an earlier run measured, or only the arrays `names` of it; None if it is not there or no longer true."""
     try:
-        with np.load(folder / shard.file, allow_pickle=False) as stored:
+        # numpy leaves a file open that it opened itself and that turns out to be damaged
+        with open(folder / shard.file, "rb") as file, np.load(file, allow_pickle=False) as stored:
             if str(stored["key"]) != shard.key:
                 return None
             wanted = [name for name in stored.files if name not in ("key", "reasons")] if names is None else names

@@ -276,9 +276,13 @@ def eval_(
     from ldm_deploy.eval.budget import load_budget
 
     report_dir = out or directory.absolute().with_name(directory.absolute().name + ".report")
-    if reference is not None and directory.is_dir() and not (directory / "bundle.json").is_file():
-        from ldm_deploy.eval import folders
+    from ldm_deploy.eval import folders
 
+    if folders.is_meant(directory, reference):
+        if reference is None:
+            raise ConfigError(
+                f"{directory} is a folder of images; give the images to compare them with: --reference DIR"
+            )
         report = folders.compare_folders(
             directory, reference, report_dir, processes=processes or threads, ray_address=ray,
             budget=load_budget(budget) if budget else None, seed=seed,
