@@ -40,7 +40,7 @@ def clock_of(engine: Any) -> tuple[str, Clock[Any]]:
 
 
 def device_of(engine: Any) -> str:
-    """"cpu" or "cuda"; a pipeline is where its first component is."""
+    """ "cpu" or "cuda"; a pipeline is where its first component is."""
     components = getattr(engine, "components", None)
     if components is not None:
         engine = components[next(iter(components))]

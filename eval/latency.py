@@ -29,7 +29,16 @@ from ldm_deploy.eval.machine import machine, usable_threads
 from ldm_deploy.eval.placement import with_huge_pages
 from ldm_deploy.eval.speedup import narrow, speedup
 
-__all__ = ["Worker", "WorkerError", "WorkerTimeoutError", "compare_engines", "interleaved", "machine", "summary", "warm_up"]
+__all__ = [
+    "Worker",
+    "WorkerError",
+    "WorkerTimeoutError",
+    "compare_engines",
+    "interleaved",
+    "machine",
+    "summary",
+    "warm_up",
+]
 
 LEAST_ROUNDS = 5  # whatever the time limit says: fewer have no useful interval
 ROUNDS_PER_LOOK = 20  # before an interval is asked whether it is narrow enough
@@ -94,7 +103,7 @@ class Worker:
     def start(self) -> None:
         """Start the process and load the subject.
 
-        `cold_start_ms` has "process" (interpreter, numpy), "import" (the engine's library) and "load" (opening engines).
+        `cold_start_ms` has "process" (interpreter, numpy), "import" (the engine's library), "load" (opening engines).
         """
         began = time.time()
         self._folder = Path(tempfile.mkdtemp(prefix="ldm-deploy-worker-"))
@@ -122,9 +131,7 @@ class Worker:
         self.cold_start_ms = {"process": process_ms, "import": answer["import_ms"], "load": answer["load_ms"]}
         self.load_ms, self.processors = answer["import_ms"] + answer["load_ms"], answer["processors"]
 
-    def image(
-        self, prompt: str | Sequence[str], seed: int | Sequence[int], **options: Any
-    ) -> tuple[float, np.ndarray]:
+    def image(self, prompt: str | Sequence[str], seed: int | Sequence[int], **options: Any) -> tuple[float, np.ndarray]:
         """Draw one image, or several at once: (milliseconds, the first as uint8 (H, W, 3)).
 
         `options`: the pipeline's keyword arguments.
@@ -259,7 +266,7 @@ def interleaved(
 
     Returns (name -> one result per round, name -> reason of those that failed). A worker that fails is ended and takes
     no part in later rounds; its results are dropped, the others' stay paired. After `time_limit_s` no new round begins,
-    once there were `least`; nor once `enough(results)`, which is asked every `ROUNDS_PER_LOOK` rounds. `after` is called
+    once there were `least`; nor once `enough(results)`, asked every `ROUNDS_PER_LOOK` rounds. `after` is called
     after every call.
     """
     rng = np.random.default_rng(seed)

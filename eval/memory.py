@@ -71,7 +71,9 @@ class MemoryLog:
             "peak_working_bytes": working,
             "weights_bytes": None,
             "activations_bytes": None,
-            "reason": None if working is not None else "this system does not tell the peak of a part of a process's life",
+            "reason": None
+            if working is not None
+            else "this system does not tell the peak of a part of a process's life",
         }
         if self.before is not None and self.after is not None:
             found["weights_bytes"] = max(0, self.after - self.before)

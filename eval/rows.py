@@ -33,7 +33,7 @@ def baseline_row(source: Path | None, reason: str | None, found: Measured) -> Ro
     if BASELINE in found.failed:
         return row | {"status": "failed", "reason": found.failed[BASELINE]}
     components = [
-        {"name": component, "latency_ms": summary(samples[BASELINE]), **_timing(component, BASELINE, found)}
+        {"name": component, "latency_ms": summary(samples[BASELINE]), **timing_figures(component, BASELINE, found)}
         for component, samples in found.component_ms.items()
         if BASELINE in samples
     ]
@@ -41,8 +41,7 @@ def baseline_row(source: Path | None, reason: str | None, found: Measured) -> Ro
         "status": "ok",
         "latency_ms": summary(found.latency_ms[BASELINE]),
         "load_ms": found.load_ms[BASELINE],
-        "peak_memory_bytes": found.memory_bytes.get(BASELINE),
-        **_process(BASELINE, found),
+        **process_figures(BASELINE, found),
         "components": components,
     }
 
@@ -63,24 +62,24 @@ def variant_row(bundle: Mapping[str, Any], root: Path, variant: Mapping[str, Any
     row |= {
         "latency_ms": summary(found.latency_ms[name]),
         "load_ms": found.load_ms[name],
-        "peak_memory_bytes": found.memory_bytes.get(name),
-        **_process(name, found),
+        **process_figures(name, found),
     }
     if BASELINE in found.latency_ms:
         row["speedup"] = speedup(found.latency_ms[BASELINE], found.latency_ms[name], BASELINE, seed=seed)
     return row
 
 
-def _process(name: str, found: Measured) -> Row:
+def process_figures(name: str, found: Measured) -> Row:
     """What the process of a variant or the baseline gave beside its latency."""
     return {
+        "peak_memory_bytes": found.memory_bytes.get(name),
         "cold_start_ms": found.cold_start_ms.get(name),
         "memory": found.memory.get(name),
         "throughput": throughput(found.batch_ms, name),
     }
 
 
-def _timing(component: str, engine: str, found: Measured) -> Row:
+def timing_figures(component: str, engine: str, found: Measured) -> Row:
     """What is known of the timing of an engine beside its latency."""
     batches = found.component_batch_ms.get(component, {})
     return {"clock": found.clock.get(engine), "throughput": throughput(batches, engine)}
@@ -132,7 +131,7 @@ def _component(engine: Mapping[str, Any], bundle: Mapping[str, Any], found: Meas
         "size_bytes": engine.get("size_bytes"),
         "parity": engine.get("parity"),
         "latency_ms": None if own is None else summary(own),
-        **_timing(engine["component"], engine["id"], found),
+        **timing_figures(engine["component"], engine["id"], found),
         "speedup": None,
         "costly_ops": None,
     }

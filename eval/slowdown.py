@@ -139,9 +139,7 @@ def judge_slowdown(
     )  # fmt: skip
 
 
-def _looks(
-    workers: Sequence[Worker], prepare: Prepare, deadline: float, seed: int
-) -> Iterator[tuple[Pairs, bool]]:
+def _looks(workers: Sequence[Worker], prepare: Prepare, deadline: float, seed: int) -> Iterator[tuple[Pairs, bool]]:
     """(pairs so far, whether all processes have huge pages): at every planned look, and when the time is up."""
     pairs, huge_pages = Pairs((), ()), True
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -36,7 +36,12 @@ class Stand:
 
 
 def time_component(
-    component: str, feeds: Feeds, engines: Mapping[str, Worker], *, rounds: int = ROUNDS, seconds: float = SECONDS,
+    component: str,
+    feeds: Feeds,
+    engines: Mapping[str, Worker],
+    *,
+    rounds: int = ROUNDS,
+    seconds: float = SECONDS,
     seed: int = 0,
 ) -> dict[str, list[float]]:
     """Name of an engine -> milliseconds per round. `engines`: each with the worker that holds it, the first of them

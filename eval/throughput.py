@@ -55,7 +55,10 @@ def time_images(
     seed: int = 0,
 ) -> dict[int, dict[str, list[float]]]:
     """Images in a call -> variant -> milliseconds. One by one, which `latency_ms` has, and `IMAGES` at once."""
-    found: dict[int, dict[str, list[float]]] = {1: {name: list(times) for name, times in latency_ms.items()}, IMAGES: {}}
+    found: dict[int, dict[str, list[float]]] = {
+        1: {name: list(times) for name, times in latency_ms.items()},
+        IMAGES: {},
+    }
     if IMAGES * sum(float(np.median(times)) for times in latency_ms.values()) / 1000 <= PATIENCE_S:
         prompts, seeds = (list(values) for values in zip(*(pairs[i % len(pairs)] for i in range(IMAGES)), strict=True))
         found[IMAGES], _ = interleaved(
