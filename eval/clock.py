@@ -40,10 +40,7 @@ def clock_of(engine: Any) -> tuple[str, Clock[Any]]:
 
 
 def device_of(engine: Any) -> str:
-    """ "cpu" or "cuda"; a pipeline is where its first component is."""
-    components = getattr(engine, "components", None)
-    if components is not None:
-        engine = components[next(iter(components))]
+    """Where an engine runs: "cpu" or "cuda"."""
     module = getattr(engine, "module", None)  # torch's own
     device = next(module.parameters()).device.type if module is not None else getattr(engine, "device", "cpu")
     return str(device).partition(":")[0]

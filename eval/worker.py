@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ldm_deploy.errors import EvaluationError, LdmDeployError
-from ldm_deploy.eval.clock import clock_of, device_of, host_clock
+from ldm_deploy.eval.clock import clock_of, host_clock
 from ldm_deploy.eval.memory import MemoryLog
 from ldm_deploy.eval.placement import huge_page_bytes, pin, pin_threads, thread_times
 
@@ -146,7 +146,7 @@ class Session:
 
     def __init__(self) -> None:
         self.subject: Subject | None = None
-        self.memory = MemoryLog()
+        self.memory, self.device = MemoryLog(), "cpu"
         self.processors: list[int] = []
         self.loaded: dict[int, int] = {}  # what every thread had spent by then
         self.feeds: dict[str, dict[str, np.ndarray]] = {}
@@ -158,7 +158,7 @@ class Session:
         if self.subject is None:
             raise ValueError("nothing is loaded yet; send `load` first")
         if operation == "memory":
-            return self.memory.report(device_of(self.subject.single or self.subject.pipeline))
+            return self.memory.report(self.device)
         if operation == "image":
             out = request.pop("out")
             milliseconds, image = self.subject.draw(request)
@@ -175,12 +175,12 @@ class Session:
         """Import what the subject needs, then load it: milliseconds of both, and the time (s) when it began."""
         ready, start = time.time(), time.perf_counter()
         self.processors = pin(threads)
-        modules, device = requirements(spec)
+        modules, self.device = requirements(spec)
         for module in modules:
             with contextlib.suppress(ImportError):  # loading says what is missing
                 importlib.import_module(module)
         imported = time.perf_counter()
-        self.memory = MemoryLog(gpu=device == "cuda")
+        self.memory = MemoryLog(gpu=self.device == "cuda")
         self.subject = Subject(spec, threads)
         self.memory.loaded()
         self.loaded = thread_times()
