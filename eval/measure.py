@@ -120,8 +120,9 @@ def measure(
                 if component in BATCHED:
                     found.component_batch_ms[component] = time_batches(component, feeds, engines, seed=seed)
                 advance()
-        with task("drawing several at once", 1):
+        with task("drawing several at once", 1) as advance:
             found.batch_ms = time_images(alive, pairs, found.latency_ms, steps, seed=seed)
+            advance()
     finally:
         for worker in workers:
             worker.stop()
