@@ -13,7 +13,12 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import lpips
+import onnx
+import onnxruntime
 import pytest
+import tokenizers
+import torch
 
 from ldm_deploy.eval import compare, lpips_distance
 from ldm_deploy.eval.budget import load_budget
@@ -22,6 +27,9 @@ from tests.eval.test_pytest_plugin import NAMED, shift_colours, tamper
 from tests.tiny_bundle import write_tiny_bundle
 
 pytest_plugins = ["pytester"]
+
+# pytester forgets what is imported during a test, and these cannot be imported twice.
+ONCE = (lpips, onnx, onnxruntime, tokenizers, torch)
 
 # Not the document's: a toy is its own baseline and no faster than itself.
 LIMITS = "format = 1\n[default]\npsnr_db_min = 30.0\n[regression]\ncolour_change_max = 0.2\nsize_rise_max = 0.02\n"

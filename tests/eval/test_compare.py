@@ -86,6 +86,7 @@ def test_equal_engines_draw_equal_images_and_the_row_says_so(evaluate: Callable[
         "mean": 100.0, "worst": 100.0, "worst_image": {"prompt": "red apple", "seed": 0}, "ci95": [100.0, 100.0],
         "n": 4, "reason": None, "peak": 255, "identical": 4, "pooled": {"value": 100.0, "ci95": [100.0, 100.0]},
     }  # fmt: skip
+    assert row["quality"]["colour_shift"]["mean"] == [0, 0, 0]
     assert row["quality"]["ssim"]["mean"] == pytest.approx(1)
     assert row["latency_ms"]["samples"] == report["baseline"]["latency_ms"]["samples"] == 4
     assert row["speedup"]["versus"] == BASELINE
@@ -122,6 +123,16 @@ def test_an_engine_that_returns_nan_is_a_failed_row_that_names_it(
     assert row["quality"]["psnr_db"]["reason"] == f"{INT8} drew no images; its row says why"
     assert gates(report, INT8)["psnr_db_min"] == "not measured"
     assert gates(report, FP32)["psnr_db_min"] == "pass"
+
+
+def test_a_decoder_that_returns_nan_is_a_failed_row_that_names_it(
+    tiny: ModuleType, bundle: Path, evaluate: Callable[..., Evaluation]
+) -> None:
+    broken = lambda model: set_constant(model, "kernel", lambda kernel: kernel * np.nan)  # noqa: E731
+    add_variant(tiny, bundle, "vae_decoder", broken)
+    row = next(row for row in evaluate()["variants"] if row["name"] == INT8)
+    assert row["status"] == "failed"
+    assert "vae_decoder returned values that are not finite" in row["reason"]
 
 
 def test_flat_images_are_named(tiny: ModuleType, bundle: Path, evaluate: Callable[..., Evaluation]) -> None:

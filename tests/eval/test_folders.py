@@ -210,11 +210,12 @@ def test_only_what_changed_is_measured_again(
 
 
 MEMORY = """
-import resource, sys
+import sys
 from pathlib import Path
 import numpy as np
 from tests.eval.factories import absent_lpips
 from ldm_deploy.eval import folders, lpips_distance, shards
+from ldm_deploy.eval.memory import peak_memory_bytes
 
 def present(backbone="squeeze"):
     lpips = absent_lpips()
@@ -235,7 +236,7 @@ shards.measure_pairs = measure_pairs
 folders.Lpips = lpips_distance.Lpips = present
 folders.measure_all = lambda todo, *_: ((shard, shards.measure_shard(shard)) for shard in todo)
 folders.compare_folders(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(peak_memory_bytes())
 """
 
 
@@ -298,7 +299,7 @@ class TestCommandLine:
         reference, candidate = pair
         out = tmp_path / "report"
         done = ldm_deploy_cli("eval", candidate, "--reference", reference, "--out", out)
-        assert (done.code, done.err) == (0, "")
+        assert done.code == 0, done.err  # progress may be told there
         assert f"{candidate} against {reference}: {COUNT} images" in done.out
         assert "lpips: not measured: no weights" in done.out
         report = json.loads((out / "report.json").read_text())

@@ -9,14 +9,22 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import lpips
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
+import tokenizers
+import torch
 
 from ldm_deploy.eval import compare, lpips_distance
 from ldm_deploy.eval.grid import Grid
 from tests.tiny_bundle import write_tiny_bundle
 
 pytest_plugins = ["pytester"]
+
+# pytester forgets what is imported during a test, and these cannot be imported twice.
+ONCE = (lpips, onnx, onnxruntime, tokenizers, torch)
 
 FP32 = "fp32-onnxruntime-cpu"
 MEASURED: list[str] = []
@@ -62,8 +70,6 @@ def run(pytester: pytest.Pytester) -> Callable[..., pytest.RunResult]:
 
 def tamper(bundle: Path, component: str, change: Callable[[Any], None]) -> None:
     """Change an engine as an export that went wrong would: bundle.json fits the new file."""
-    import onnx
-
     from ldm_deploy.runtime.bundle import write_bundle
 
     file = bundle / "engines" / f"{component}-fp32.onnx"
@@ -212,7 +218,12 @@ def test_a_stored_result_of_another_protocol_is_an_error_with_one_line(bundle: P
 
 FIXTURES = """
 import numpy as np
+import lpips
+import onnx
+import onnxruntime
 import pytest
+import tokenizers
+import torch
 
 PROMPTS = ["red apple", "sun"]
 
