@@ -210,6 +210,8 @@ def add_refused(rows: Sequence[Row], refused: Sequence[Mapping[str, Any]]) -> li
                 "size_bytes": entry.get("size_bytes"),
                 "parity": parity,
                 "latency_ms": None,
+                "clock": None,
+                "throughput": [],
                 "speedup": entry.get("speedup"),
                 "costly_ops": entry.get("costly_ops"),
             }
