@@ -9,7 +9,9 @@ from ldm_deploy.eval.grid import Grid
 from ldm_deploy.eval.latency import summary
 from ldm_deploy.eval.machine import machine, usable_threads
 from ldm_deploy.eval.measure import component_plan, measure
-from ldm_deploy.eval.metrics import ratio_ci
+from ldm_deploy.eval.rows import process_figures, timing_figures
+from ldm_deploy.eval.speedup import speedup
+from ldm_deploy.eval.tables import format_bytes, format_cold_start, format_memory, format_throughput
 
 PROMPT = "red apple"
 IMAGES = 5  # per variant
@@ -22,7 +24,8 @@ def bench_bundle(
 
     Variants draw the model's first prompt with `images` seeds and `steps` (their own by default); engines run on the
     bundle's probes. Returns `machine`, `components` and `variants`. Each row has `latency_ms`, and `speedup` against
-    the first row of its kind (fp32 comes first); both are None where `reason` says why. Raises `BundleError` for a
+    the first row of its kind (fp32 comes first); both are None where `reason` says why; see `rows.timing_figures` and
+    `rows.process_figures` for the rest. Raises `BundleError` for a
     damaged bundle.
     """
     from ldm_deploy.runtime.bundle import read_bundle
@@ -38,15 +41,17 @@ def bench_bundle(
     for component, (feeds, owners) in plan.items():
         shapes = ", ".join(f"{name} {'x'.join(map(str, value.shape))}" for name, value in feeds.items())
         reasons = {engine: found.failed.get(owner, "it does not run") for engine, owner in owners.items()}
-        rows = _rows(found.component_ms.get(component, {}), reasons, seed)
-        components += [{"component": component, "inputs": shapes, **row} for row in rows]
+        for row in _rows(found.component_ms.get(component, {}), reasons, seed):
+            more = timing_figures(component, row["name"], found)
+            components.append({"component": component, "inputs": shapes, **row, **more})
+    variants = _rows(found.latency_ms, {name: found.failed.get(name, "it does not run") for name in specs}, seed)
     return {
         "format": 1,
         "bundle": str(bundle),
         "machine": machine(threads),
         "prompt": prompt,
         "components": components,
-        "variants": _rows(found.latency_ms, {name: found.failed.get(name, "it does not run") for name in specs}, seed),
+        "variants": [{**row, **process_figures(row["name"], found)} for row in variants],
     }
 
 
@@ -56,11 +61,11 @@ def _rows(samples_ms: dict[str, list[float]], reasons: dict[str, str], seed: int
     rows = []
     for name, reason in reasons.items():
         samples, versus = samples_ms.get(name), samples_ms.get(first)
-        speedup = None
+        faster = None
         if samples and versus and name != first:
-            speedup = {**ratio_ci(versus, samples, seed=seed), "versus": first}
+            faster = speedup(versus, samples, first, seed=seed)
         latency = summary(samples) if samples else None
-        rows.append({"name": name, "latency_ms": latency, "speedup": speedup, "reason": None if samples else reason})
+        rows.append({"name": name, "latency_ms": latency, "speedup": faster, "reason": None if samples else reason})
     return rows
 
 
@@ -76,15 +81,25 @@ def print_bench(result: dict[str, Any]) -> None:
     print(f"images: {result['prompt']!r}")
     for row in result["variants"]:
         print(f"  {row['name']:40} {_cells(row)}")
+    print("by rows or images at once:")
+    for row in (*result["components"], *result["variants"]):
+        if any(entry["per_s"] is not None for entry in row["throughput"]):
+            print(f"  {row['name']:40} {format_throughput(row['throughput'])}")
+    print("cold start, and memory (resident set):")
+    for row in result["variants"]:
+        if row["latency_ms"] is not None:
+            print(f"  {row['name']:40} {format_cold_start(row['cold_start_ms'])}")
+            print(f"  {'':40} {format_memory(row['memory'])}; peak {format_bytes(row['peak_memory_bytes'])}")
 
 
 def _cells(row: dict[str, Any]) -> str:
-    latency, speedup = row["latency_ms"], row["speedup"]
+    latency, faster = row["latency_ms"], row["speedup"]
     if latency is None:
         return f"not measured: {row['reason']}"
     text = f"{latency['median']:9.2f} ({latency['p5']:.2f} to {latency['p95']:.2f})"
-    if speedup is None:
+    if faster is None:
         return text
-    low, high = speedup["ci95_low"], speedup["ci95_high"]
+    low, high = faster["ci95_low"], faster["ci95_high"]
     interval = "one sample" if low is None else f"{low:.2f} to {high:.2f}"
-    return f"{text}  {speedup['median']:.2f} times as fast as {speedup['versus']} ({interval})"
+    noise = f"; {faster['noise']}" if faster["noise"] else ""
+    return f"{text}  {faster['median']:.2f} times as fast as {faster['versus']} ({interval}){noise}"

@@ -29,7 +29,7 @@ def figures(row: Row, baseline: Row) -> dict[str, Measured]:
         found["speedup_min"] = Measured(None, reason=f"{whose['name']} was not timed; its row says why")
     else:
         low, high = speed["ci95_low"], speed["ci95_high"]
-        found["speedup_min"] = _spread(speed["median"], None if low is None else (low, high), None)
+        found["speedup_min"] = _spread(speed["median"], None if low is None else (low, high), speed.get("noise"))
     for limit, name in (("peak_memory_max", "peak_memory_bytes"), ("size_max", "size_bytes")):
         reason = None if row[name] is not None else f"{row['name']} was not loaded; its row says why"
         found[limit] = Measured(row[name], reason=reason, baseline=baseline[name])
@@ -74,6 +74,8 @@ def _spread(value: float | None, interval: Sequence[float] | None, reason: str |
 def harm(row: Row) -> str | None:
     """Why a quantized variant is not worth its loss of quality; None if it is faster than its fp32 sibling."""
     for other in row["comparisons"]:
+        if other.get("noise"):
+            return f"do no harm: it is not shown to be faster than {other['versus']}, {other['noise']}"
         if other["ci95_low"] is None:
             return f"do no harm: one sample does not show that it is faster than {other['versus']}"
         if other["ci95_high"] <= 1:

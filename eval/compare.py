@@ -14,7 +14,7 @@ from ldm_deploy.eval.budget import Budget, load_budget
 from ldm_deploy.eval.choose import choose, judge_variant
 from ldm_deploy.eval.grid import Grid, load_grid
 from ldm_deploy.eval.lpips_distance import Lpips
-from ldm_deploy.eval.machine import machine, usable_threads
+from ldm_deploy.eval.machine import conditions, machine, usable_threads
 from ldm_deploy.eval.measure import BASELINE, Measured, component_plan, measure
 from ldm_deploy.eval.reconstruction import open_originals, reconstruct_all
 from ldm_deploy.eval.regression import Stored, add_regression, check_comparable
@@ -26,6 +26,8 @@ PROTOCOL = {
     "latency": "one worker process per variant, one active at a time, spinning off; after warm-up every image of the "
     "grid is one sample, drawn by all in random order",
     "peak_memory": "largest resident set of the worker's own process after loading and drawing",
+    "cold_start": "a fresh process, files in the page cache: interpreter, imports, opening the engines, first image",
+    "throughput": "rows or images of one call per second; the U-Net has two rows per guided image",
 }
 
 Record = dict[str, Any]
@@ -82,7 +84,7 @@ def evaluate_bundle(
     studies = read_studies(bundle)
     grid = load_grid(prompts or data["model"].get("prompts", {}).get("report"), seeds)
     threads = threads or usable_threads()
-    before = machine(threads)
+    before, now = machine(threads), conditions()
     source, no_baseline = find_reference(data.get("parents", {}).get("reference"), reference)
     originals = None if images is None else open_originals(images, data["model"])
     sampling = sampling_of(data, source)
@@ -107,6 +109,7 @@ def evaluate_bundle(
         specs[variant["name"]] = {"kind": "variant", "bundle": str(bundle), "variant": variant["name"]}
     plan = component_plan(data, bundle)
     found = measure(specs, grid, plan, threads=threads, seed=seed, steps=steps, timeout_s=timeout_s)
+    after = conditions()
     budget = budget or load_budget(None)
     judged = judge(data, bundle, found, grid, budget, baseline_row(source, no_baseline, found), seed)
     if originals is not None:
@@ -119,7 +122,12 @@ def evaluate_bundle(
         "duration_s": round((datetime.now(UTC) - started).total_seconds(), 1),
         "source": parent,
         "protocol": protocol,
-        "machine": {**before, "load_average_after": machine(threads)["load_average"]},
+        "machine": {
+            **before,
+            "load_average_after": after["load_average"],
+            "conditions": {"before": now, "after": after},
+            "processors": found.processors,
+        },
         "default_variant": data.get("default_variant"),
         **judged,
     }

@@ -26,18 +26,33 @@ import numpy as np
 
 from ldm_deploy.errors import EvaluationError
 from ldm_deploy.eval.machine import machine, usable_threads
-from ldm_deploy.eval.metrics import ratio_ci
 from ldm_deploy.eval.placement import with_huge_pages
+from ldm_deploy.eval.speedup import narrow, speedup
 
-__all__ = ["Worker", "WorkerError", "compare_engines", "interleaved", "machine", "summary", "warm_up"]
+__all__ = [
+    "Worker",
+    "WorkerError",
+    "WorkerTimeoutError",
+    "compare_engines",
+    "interleaved",
+    "machine",
+    "summary",
+    "warm_up",
+]
 
 LEAST_ROUNDS = 5  # whatever the time limit says: fewer have no useful interval
+ROUNDS_PER_LOOK = 20  # before an interval is asked whether it is narrow enough
+P99_SAMPLES = 100  # fewer have no 99th percentile
 
 T = TypeVar("T")
 
 
 class WorkerError(EvaluationError):
     """A worker that died, did not answer in time, or could not do what it was asked."""
+
+
+class WorkerTimeoutError(WorkerError):
+    """A worker that did not answer in time; it was ended."""
 
 
 class Worker:
@@ -64,7 +79,10 @@ class Worker:
         self.threads = threads or usable_threads()
         self.timeout_s = timeout_s
         self.huge_pages = huge_pages
-        self.load_ms: float | None = None
+        self.load_ms: float | None = None  # imports included
+        self.cold_start_ms: dict[str, float] = {}
+        self.processors: list[int] = []
+        self.clock = "host"  # what the last `run` was timed with
         self._process: subprocess.Popen[str] | None = None
         self._answers: queue.Queue[str | None] = queue.Queue()
         self._folder: Path | None = None
@@ -83,7 +101,11 @@ class Worker:
         return self._process is not None and self._process.poll() is None
 
     def start(self) -> None:
-        """Start the process and load the subject."""
+        """Start the process and load the subject.
+
+        `cold_start_ms` has "process" (interpreter, numpy), "import" (the engine's library), "load" (opening engines).
+        """
+        began = time.time()
         self._folder = Path(tempfile.mkdtemp(prefix="ldm-deploy-worker-"))
         environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads), "PYTHONUNBUFFERED": "1"}
         if self.huge_pages:
@@ -101,13 +123,19 @@ class Worker:
             )
         threading.Thread(target=self._listen, args=(self._process.stdout,), daemon=True).start()
         try:
-            self.load_ms = self._ask({"op": "load", "spec": self.spec, "threads": self.threads})["load_ms"]
+            answer = self._ask({"op": "load", "spec": self.spec, "threads": self.threads})
         except BaseException:
             self.stop()
             raise
+        process_ms = max(0.0, 1000 * (answer["ready"] - began))  # both clocks are the system's
+        self.cold_start_ms = {"process": process_ms, "import": answer["import_ms"], "load": answer["load_ms"]}
+        self.load_ms, self.processors = answer["import_ms"] + answer["load_ms"], answer["processors"]
 
-    def image(self, prompt: str, seed: int, **options: Any) -> tuple[float, np.ndarray]:
-        """Draw one image: (milliseconds, uint8 (H, W, 3)). `options`: the pipeline's keyword arguments."""
+    def image(self, prompt: str | Sequence[str], seed: int | Sequence[int], **options: Any) -> tuple[float, np.ndarray]:
+        """Draw one image, or several at once: (milliseconds, the first as uint8 (H, W, 3)).
+
+        `options`: the pipeline's keyword arguments.
+        """
         out = self._files() / "image.npy"
         answer = self._ask({"op": "image", "prompt": prompt, "seed": seed, **options, "out": str(out)})
         return answer["latency_ms"], np.load(out, allow_pickle=False)
@@ -123,6 +151,7 @@ class Worker:
     def run(self, feeds: str, *, component: str | None = None, repeats: int = 1) -> list[float]:
         """Run one engine `repeats` times on feeds from `put`: milliseconds of each call."""
         answer = self._ask({"op": "run", "feeds": feeds, "component": component, "repeats": repeats})
+        self.clock = answer["clock"]
         times: list[float] = answer["latency_ms"]
         return times
 
@@ -133,19 +162,19 @@ class Worker:
         """
         return self._ask({"op": "settle"})
 
-    def peak_memory_bytes(self) -> int:
-        """The largest resident set of the worker's process so far."""
-        return int(self._ask({"op": "memory"})["peak_memory_bytes"])
+    def memory(self) -> dict[str, Any]:
+        """What the worker's process held and holds: see `MemoryLog.report`."""
+        return self._ask({"op": "memory"})
 
-    def stop(self) -> None:
-        """End the process, whatever state it is in. May be called again."""
+    def stop(self, patience_s: float = 0.5) -> None:
+        """End the process, whatever state it is in; it has `patience_s` to go by itself. May be called again."""
         process, self._process = self._process, None
         if process is not None:
             with contextlib.suppress(OSError):
                 assert process.stdin is not None
                 process.stdin.close()  # an idle worker sees the end of its input and goes
             try:
-                process.wait(timeout=0.5)
+                process.wait(timeout=patience_s)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -172,8 +201,8 @@ class Worker:
             self._process.stdin.flush()
             line = self._answers.get(timeout=self.timeout_s)
         except queue.Empty:
-            self.stop()
-            raise WorkerError(
+            self.stop(patience_s=0)
+            raise WorkerTimeoutError(
                 f"{self.name}: no answer to {request['op']!r} within {self.timeout_s:g} s; its worker was ended"
             ) from None
         except OSError:
@@ -230,13 +259,15 @@ def interleaved(
     seed: int = 0,
     time_limit_s: float | None = None,
     least: int = 1,
+    enough: Callable[[Mapping[str, list[T]]], bool] | None = None,
     after: Callable[[], object] | None = None,
 ) -> tuple[dict[str, list[T]], dict[str, str]]:
     """In every round `call(worker, round)` once per worker, in random order, one at a time.
 
     Returns (name -> one result per round, name -> reason of those that failed). A worker that fails is ended and takes
     no part in later rounds; its results are dropped, the others' stay paired. After `time_limit_s` no new round begins,
-    once there were `least`. `after` is called after every call.
+    once there were `least`; nor once `enough(results)`, asked every `ROUNDS_PER_LOOK` rounds. `after` is called
+    after every call.
     """
     rng = np.random.default_rng(seed)
     results: dict[str, list[T]] = {worker.name: [] for worker in workers}
@@ -244,6 +275,8 @@ def interleaved(
     start = time.monotonic()
     for index in range(rounds):
         if index >= least and time_limit_s is not None and time.monotonic() - start > time_limit_s:
+            break
+        if enough is not None and index and index % ROUNDS_PER_LOOK == 0 and enough(results):
             break
         for place in rng.permutation(len(workers)):
             worker = workers[int(place)]
@@ -271,9 +304,10 @@ def warm_up(call: Callable[[], float], *, least: int = 3, most: int = 12, tolera
 
 
 def summary(samples_ms: Sequence[float]) -> dict[str, Any]:
-    """Median and tails as report.json has them: milliseconds."""
-    p5, median, p95 = np.percentile(np.asarray(samples_ms, np.float64), [5, 50, 95])
-    return {"median": float(median), "p5": float(p5), "p95": float(p95), "samples": len(samples_ms)}
+    """Median and tails as report.json has them, in milliseconds; `p99` where there are samples for it."""
+    p5, median, p95, p99 = (float(value) for value in np.percentile(samples_ms, [5, 50, 95, 99]))
+    tails = {"p5": p5, "p95": p95} | ({"p99": p99} if len(samples_ms) >= P99_SAMPLES else {})
+    return {"median": median, **tails, "samples": len(samples_ms)}
 
 
 def compare_engines(
@@ -289,7 +323,8 @@ def compare_engines(
     """Engines side by side on the same feeds. The first of `specs` (see `Worker`) is what the others are compared with.
 
     Returns {"latency_ms": {name: summary}, "samples_ms": {name: [...]}, "failed": {name: reason},
-    "speedup": {name: {"median", "ci95_low", "ci95_high", "versus"}}}: above 1 means faster than the first.
+    "speedup": {name: see `speedup.speedup`}}: above 1 means faster than the first. Ends after `rounds`, after
+    `time_limit_s`, or when every ratio is known to 4 %.
     """
     workers = [Worker(name, spec, threads=threads, timeout_s=timeout_s) for name, spec in specs.items()]
     try:
@@ -310,19 +345,20 @@ def compare_engines(
             seed=seed,
             time_limit_s=time_limit_s,
             least=LEAST_ROUNDS,
+            enough=narrow,
         )
     finally:
         for worker in workers:
             worker.stop()
     first = next(iter(specs))
-    speedup = {
-        name: {**ratio_ci(samples[first], times, seed=seed), "versus": first}
+    speedups = {
+        name: speedup(samples[first], times, first, seed=seed)
         for name, times in samples.items()
         if first in samples and name != first
     }
     return {
         "latency_ms": {name: summary(times) for name, times in samples.items()},
         "samples_ms": samples,
-        "speedup": speedup,
+        "speedup": speedups,
         "failed": {**failed, **broken},
     }

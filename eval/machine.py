@@ -15,6 +15,7 @@ EXTENSIONS = (
     "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8",
     "asimd", "asimddp", "i8mm", "bf16", "sve", "sve2",
 )  # fmt: skip
+CPUS = Path("/sys/devices/system/cpu")
 PACKAGES = ("ldm-deploy", "numpy", "onnxruntime", "torch", "lpips")
 
 
@@ -56,7 +57,7 @@ def conditions() -> dict[str, Any]:
 
 def _frequency_mhz() -> list[float] | None:
     """cpufreq's figure where there is one, else that of /proc/cpuinfo, which virtual machines may hold fixed."""
-    files = sorted(Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/scaling_cur_freq"))
+    files = sorted(CPUS.glob("cpu[0-9]*/cpufreq/scaling_cur_freq"))
     try:
         if files:
             return [int(file.read_text()) / 1000 for file in files]

@@ -10,13 +10,13 @@ import numpy as np
 
 from ldm_deploy.errors import ParityError
 from ldm_deploy.eval.grid import Grid
-from ldm_deploy.eval.latency import LEAST_ROUNDS, Worker, WorkerError, interleaved, start_all, warm_up
+from ldm_deploy.eval.latency import Worker, WorkerError, interleaved, start_all, warm_up
 from ldm_deploy.eval.parity import Probe, read_probes
+from ldm_deploy.eval.stands import time_component
+from ldm_deploy.eval.throughput import BATCHED, time_batches, time_images
 from ldm_deploy.progress import task
 
 BASELINE = "fp32-torch-cpu"
-COMPONENT_ROUNDS = 30
-COMPONENT_SECONDS = 6.0  # per component, all engines together
 WARM_UP_STEPS = 4  # sampler steps of a warm-up image: the U-Net's calls are what has to settle
 
 Record = dict[str, Any]
@@ -28,9 +28,15 @@ class Measured:
     def __init__(self) -> None:
         self.images: dict[str, np.ndarray] = {}
         self.latency_ms: dict[str, list[float]] = {}
-        self.memory_bytes: dict[str, int] = {}
+        self.memory_bytes: dict[str, int] = {}  # at the peak; the rest of `memory.MemoryLog.report` is in `memory`
+        self.memory: dict[str, Record] = {}
         self.load_ms: dict[str, float | None] = {}
+        self.cold_start_ms: dict[str, dict[str, float]] = {}  # see `Worker.start`; "first_image" besides
         self.component_ms: dict[str, dict[str, list[float]]] = {}  # component -> engine id (or BASELINE) -> samples
+        self.component_batch_ms: dict[str, dict[int, dict[str, list[float]]]] = {}  # the same for each size of a batch
+        self.batch_ms: dict[int, dict[str, list[float]]] = {}  # images in one call -> name -> samples
+        self.clock: dict[str, str] = {}  # engine id (or BASELINE) -> what it was timed with
+        self.processors: list[int] = []  # that the workers were kept on
         self.failed: dict[str, str] = {}
 
 
@@ -87,6 +93,7 @@ def measure(
     try:
         with task("loading variants", len(workers)) as advance:
             found.failed |= start_all(workers, advance)
+        found.processors = next((worker.processors for worker in workers if worker.processors), [])
         found.load_ms = {worker.name: worker.load_ms for worker in workers}
         ready = _warm(workers, found, pairs[0], steps)
 
@@ -102,11 +109,20 @@ def measure(
             found.images[name] = np.stack([image for _, image in results])
         alive = [worker for worker in ready if worker.name in drawn]
         for worker in alive:
-            found.memory_bytes[worker.name] = worker.peak_memory_bytes()
+            memory = worker.memory()
+            found.memory_bytes[worker.name] = memory.pop("peak_bytes")
+            found.memory[worker.name] = memory
         with task("timing components", len(plan)) as advance:
             for component, (feeds, owners) in plan.items():
-                found.component_ms[component] = _time_component(component, feeds, owners, alive, seed)
+                engines = _holders(owners, alive)
+                found.component_ms[component] = time_component(component, feeds, engines, seed=seed)
+                found.clock |= {name: worker.clock for name, worker in engines.items()}
+                if component in BATCHED:
+                    found.component_batch_ms[component] = time_batches(component, feeds, engines, seed=seed)
                 advance()
+        with task("drawing several at once", 1) as advance:
+            found.batch_ms = time_images(alive, pairs, found.latency_ms, steps, seed=seed)
+            advance()
     finally:
         for worker in workers:
             worker.stop()
@@ -114,13 +130,15 @@ def measure(
 
 
 def _warm(workers: Sequence[Worker], found: Measured, pair: tuple[str, int], steps: int | None) -> list[Worker]:
-    """Warm up every loaded worker; returns those that drew."""
+    """The first image of every loaded worker, then its warm-up; returns those that drew."""
     ready = []
     few = min(steps or WARM_UP_STEPS, WARM_UP_STEPS)
     with task("warming up", len(workers)) as advance:
         for worker in workers:
             if worker.name not in found.failed:
                 try:
+                    first, _ = worker.image(*pair, steps=steps)
+                    found.cold_start_ms[worker.name] = {**worker.cold_start_ms, "first_image": first}
                     warm_up(lambda worker=worker: worker.image(*pair, steps=few)[0])  # type: ignore[misc]
                     ready.append(worker)
                 except WorkerError as error:
@@ -130,43 +148,8 @@ def _warm(workers: Sequence[Worker], found: Measured, pair: tuple[str, int], ste
     return ready
 
 
-def _time_component(
-    component: str, feeds: dict[str, np.ndarray], owners: Mapping[str, str], alive: Sequence[Worker], seed: int
-) -> dict[str, list[float]]:
-    """engine id (and `BASELINE`) -> milliseconds per round. An engine that fails here is left out."""
+def _holders(owners: Mapping[str, str], alive: Sequence[Worker]) -> dict[str, Worker]:
+    """`BASELINE` and engine ids, each with the worker that holds it."""
     by_name = {worker.name: worker for worker in alive}
-    engines = {engine: by_name[owner] for engine, owner in owners.items() if owner in by_name}
-    if BASELINE in by_name:
-        engines[BASELINE] = by_name[BASELINE]
-    stands = [Stand(engine, worker, component, feeds) for engine, worker in engines.items()]
-    stands = [stand for stand in stands if stand.warm()]
-    samples, _ = interleaved(
-        stands,
-        lambda stand, _: stand.run(),
-        COMPONENT_ROUNDS,
-        seed=seed,
-        time_limit_s=COMPONENT_SECONDS,
-        least=LEAST_ROUNDS,
-    )
-    return samples
-
-
-class Stand:
-    """One engine inside a worker that holds a whole pipeline."""
-
-    def __init__(self, name: str, worker: Worker, component: str, feeds: dict[str, np.ndarray]) -> None:
-        self.name, self.worker, self.component = name, worker, component
-        self.key = worker.put(feeds)
-
-    def run(self) -> float:
-        return self.worker.run(self.key, component=self.component)[0]
-
-    def warm(self) -> bool:
-        try:
-            warm_up(self.run)
-        except WorkerError:
-            return False
-        return True
-
-    def stop(self) -> None:
-        """The worker serves other components; it stays."""
+    names = {BASELINE: BASELINE, **owners}
+    return {engine: by_name[owner] for engine, owner in names.items() if owner in by_name}

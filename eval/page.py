@@ -17,9 +17,12 @@ from ldm_deploy.eval.tables import (
     count_gates,
     explanation,
     format_bytes,
+    format_cold_start,
     format_gate_value,
     format_latency,
+    format_memory,
     format_ratio,
+    format_throughput,
     open_gates,
     quality_rows,
     reasons,
@@ -33,8 +36,8 @@ SHOWN = 8  # prompts that are open at first
 # Keys of a variant's row that have a place of their own on the page. What else there is, is listed as it is.
 PLACED = (
     "name", "runtime", "device", "precision", "status", "reason", "steps", "guidance_scale", "sampler", "components",
-    "quality", "images", "latency_ms", "load_ms", "speedup", "comparisons", "peak_memory_bytes", "size_bytes", "gates",
-    "refused", "reconstruction",
+    "quality", "images", "latency_ms", "load_ms", "cold_start_ms", "memory", "throughput", "speedup", "comparisons",
+    "peak_memory_bytes", "size_bytes", "gates", "refused", "reconstruction",
 )  # fmt: skip
 
 
@@ -51,6 +54,9 @@ def to_html(result: Mapping[str, Any]) -> str:
         "ratio": format_ratio,
         "bytes": format_bytes,
         "gate": format_gate_value,
+        "cold_start": format_cold_start,
+        "memory": format_memory,
+        "throughput": format_throughput,
         "quality": quality_rows,
     }
     script = (folder / "report.js").read_text("utf-8")

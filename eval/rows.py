@@ -11,9 +11,10 @@ from ldm_deploy.eval.latency import summary
 from ldm_deploy.eval.lpips_distance import Lpips
 from ldm_deploy.eval.measure import BASELINE, Measured
 from ldm_deploy.eval.memory import fp32_size_bytes, size_bytes
-from ldm_deploy.eval.metrics import ratio_ci
 from ldm_deploy.eval.quality import compare_images, constant_images, flat_reason, nothing_measured
 from ldm_deploy.eval.sketch import sketch_images
+from ldm_deploy.eval.speedup import speedup
+from ldm_deploy.eval.throughput import throughput
 from ldm_deploy.models.sources import weight_files
 
 COARSEST_FIRST = ("w4", "w8", "int8", "mixed", "bf16", "fp16", "fp32")  # a variant is named after its coarsest engine
@@ -32,7 +33,7 @@ def baseline_row(source: Path | None, reason: str | None, found: Measured) -> Ro
     if BASELINE in found.failed:
         return row | {"status": "failed", "reason": found.failed[BASELINE]}
     components = [
-        {"name": component, "latency_ms": summary(samples[BASELINE])}
+        {"name": component, "latency_ms": summary(samples[BASELINE]), **timing_figures(component, BASELINE, found)}
         for component, samples in found.component_ms.items()
         if BASELINE in samples
     ]
@@ -40,7 +41,7 @@ def baseline_row(source: Path | None, reason: str | None, found: Measured) -> Ro
         "status": "ok",
         "latency_ms": summary(found.latency_ms[BASELINE]),
         "load_ms": found.load_ms[BASELINE],
-        "peak_memory_bytes": found.memory_bytes.get(BASELINE),
+        **process_figures(BASELINE, found),
         "components": components,
     }
 
@@ -61,11 +62,27 @@ def variant_row(bundle: Mapping[str, Any], root: Path, variant: Mapping[str, Any
     row |= {
         "latency_ms": summary(found.latency_ms[name]),
         "load_ms": found.load_ms[name],
-        "peak_memory_bytes": found.memory_bytes.get(name),
+        **process_figures(name, found),
     }
     if BASELINE in found.latency_ms:
-        row["speedup"] = {**ratio_ci(found.latency_ms[BASELINE], found.latency_ms[name], seed=seed), "versus": BASELINE}
+        row["speedup"] = speedup(found.latency_ms[BASELINE], found.latency_ms[name], BASELINE, seed=seed)
     return row
+
+
+def process_figures(name: str, found: Measured) -> Row:
+    """What the process of a variant or the baseline gave beside its latency."""
+    return {
+        "peak_memory_bytes": found.memory_bytes.get(name),
+        "cold_start_ms": found.cold_start_ms.get(name),
+        "memory": found.memory.get(name),
+        "throughput": throughput(found.batch_ms, name),
+    }
+
+
+def timing_figures(component: str, engine: str, found: Measured) -> Row:
+    """What is known of the timing of an engine beside its latency."""
+    batches = found.component_batch_ms.get(component, {})
+    return {"clock": found.clock.get(engine), "throughput": throughput(batches, engine)}
 
 
 def empty_row(name: str, runtime: str, device: str, precision: str) -> Row:
@@ -83,6 +100,9 @@ def empty_row(name: str, runtime: str, device: str, precision: str) -> Row:
         "quality": None,
         "latency_ms": None,
         "load_ms": None,
+        "cold_start_ms": None,
+        "memory": None,
+        "throughput": [],
         "speedup": None,
         "comparisons": [],
         "peak_memory_bytes": None,
@@ -111,12 +131,13 @@ def _component(engine: Mapping[str, Any], bundle: Mapping[str, Any], found: Meas
         "size_bytes": engine.get("size_bytes"),
         "parity": engine.get("parity"),
         "latency_ms": None if own is None else summary(own),
+        **timing_figures(engine["component"], engine["id"], found),
         "speedup": None,
         "costly_ops": None,
     }
     if own is not None and other is not None:
         paired = min(len(own), len(other))
-        row["speedup"] = {**ratio_ci(other[:paired], own[:paired], seed=seed), "versus": versus}
+        row["speedup"] = speedup(other[:paired], own[:paired], versus, seed=seed)
     return row
 
 
@@ -157,8 +178,8 @@ def add_comparisons(row: Row, rows: Sequence[Row], found: Measured, seed: int) -
     for other in rows:
         alike = all(other[key] == row[key] for key in ("runtime", "device"))
         if alike and other["precision"] == "fp32" and other["name"] in found.latency_ms:
-            ratio = ratio_ci(found.latency_ms[other["name"]], found.latency_ms[row["name"]], seed=seed)
-            row["comparisons"].append({"scope": "end to end", "versus": other["name"], **ratio})
+            ratio = speedup(found.latency_ms[other["name"]], found.latency_ms[row["name"]], other["name"], seed=seed)
+            row["comparisons"].append({"scope": "end to end", **ratio})
 
 
 def add_refused(rows: Sequence[Row], refused: Sequence[Mapping[str, Any]]) -> list[Row]:
@@ -189,6 +210,8 @@ def add_refused(rows: Sequence[Row], refused: Sequence[Mapping[str, Any]]) -> li
                 "size_bytes": entry.get("size_bytes"),
                 "parity": parity,
                 "latency_ms": None,
+                "clock": None,
+                "throughput": [],
                 "speedup": entry.get("speedup"),
                 "costly_ops": entry.get("costly_ops"),
             }

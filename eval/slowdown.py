@@ -17,9 +17,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from statistics import NormalDist
 from typing import Any, NamedTuple
@@ -28,12 +27,14 @@ import numpy as np
 
 from ldm_deploy.errors import EvaluationError
 from ldm_deploy.eval.budget import Result, judge
-from ldm_deploy.eval.latency import Worker, warm_up
+from ldm_deploy.eval.latency import Worker, WorkerTimeoutError, warm_up
 from ldm_deploy.eval.machine import conditions, usable_threads
+from ldm_deploy.eval.speedup import median_variance
 
 TOLERANCE = 0.02  # slower by this much is not yet slower
 LEVEL = 0.99
-LOOKS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # after so many pairs, and once more when the time is up
+# After so many pairs, and once more when the time is up
+LOOKS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096)
 PROCESSES = 3  # per side: the fewest of which one can stand out
 # Standard deviation of a process's own speed with and without huge pages (measured: 0.2 % and 1.2 %)
 PROCESS_SPREAD = {True: 0.003, False: 0.012}
@@ -101,50 +102,77 @@ def judge_slowdown(
 
     `baseline`, `candidate`: what workers load (`Worker`'s spec); `prepare`: see `engine_call`. "fail" if the whole
     interval of the ratio, at `level`, is above the limit, "pass" if none of it is, else "not measured". Ends at the
-    first look that decides; begins nothing after `time_limit_s`, which counts from the call. Raises `WorkerError` for
-    what does not load or run, and `EvaluationError` for settings that make no sense.
+    first look that decides, and after `time_limit_s`, loading included, at what there is by then. Raises `WorkerError`
+    for what does not load or run, and `EvaluationError` for settings that make no sense.
     """
     if not (tolerance >= 0 and 0 < level < 1 and time_limit_s > 0 and processes >= 1):
         raise EvaluationError(
             f"tolerance {tolerance:g}, level {level:g}, time limit {time_limit_s:g} s, {processes} processes: give a "
             "tolerance of 0 or more (0.02 is 2 %), a level between 0 and 1, some seconds and one process or more"
         )
-    start, before = time.monotonic(), conditions()
+    start, before, limit = time.monotonic(), conditions(), 1 + tolerance
+    workers = [
+        Worker(f"{name} {index + 1}", spec, threads=threads, huge_pages=True)
+        for index in range(processes)
+        for name, spec in (("baseline", baseline), ("candidate", candidate))
+    ]
+    interval: Interval | None = None
+    result: Result = "not measured"
     confidence = 1 - (1 - level) / (len(LOOKS) + 1)
-    with ExitStack() as stack:
-        workers = [
-            Worker(f"{name} {index + 1}", spec, threads=threads, huge_pages=True)
-            for index in range(processes)
-            for name, spec in (("baseline", baseline), ("candidate", candidate))
-        ]
-        for worker in workers:
-            stack.callback(worker.stop)
-        with ThreadPoolExecutor(usable_threads()) as pool:  # nothing is timed yet
-            list(pool.map(Worker.start, workers))
-        calls, huge_pages = [], True
-        for worker in workers:
-            calls.append(prepare(worker))
-            warm_up(calls[-1])
-            huge_pages &= bool(worker.settle()["huge_page_bytes"])
-        pairs = Pairs(calls[::2], calls[1::2], seed=seed)
-        interval: Interval | None = None
-        result: Result = "not measured"
-        for look in (*LOOKS, math.inf):
-            while len(pairs) < look and time.monotonic() - start < time_limit_s:
-                pairs.round()
+    try:
+        for pairs, huge_pages in _looks(workers, prepare, start + time_limit_s, seed):
             interval = ratio_interval(pairs.log_ratios, pairs.who, confidence, PROCESS_SPREAD[huge_pages])
             if interval is not None:
-                result = judge(interval.low, interval.high, 1 + tolerance, minimum=False)
-            if result != "not measured" or time.monotonic() - start >= time_limit_s:
+                result = judge(interval.low, interval.high, limit, minimum=False)
+            if result != "not measured":
                 break
         seconds = time.monotonic() - start
+    finally:
+        for worker in workers:
+            worker.stop()
     after = conditions()
-    reason = _reason(result, interval, 1 + tolerance, level, len(pairs), seconds, after)
+    reason = _reason(result, interval, limit, level, len(pairs), seconds, after)
     ratio, low, high, left_out = (None, None, None, 0) if interval is None else interval
     return Slowdown(
-        result, reason, ratio, low, high, left_out, 1 + tolerance, level, len(pairs), processes, huge_pages, seconds,
+        result, reason, ratio, low, high, left_out, limit, level, len(pairs), processes, huge_pages, seconds,
         {"before": before, "after": after},
     )  # fmt: skip
+
+
+def _looks(workers: Sequence[Worker], prepare: Prepare, deadline: float, seed: int) -> Iterator[tuple[Pairs, bool]]:
+    """(pairs so far, whether all processes have huge pages): at every planned look, and when the time is up."""
+    pairs, huge_pages = Pairs((), ()), True
+
+    def start(worker: Worker) -> None:
+        worker.timeout_s = max(0.0, deadline - time.monotonic())
+        worker.start()
+
+    try:
+        with ThreadPoolExecutor(usable_threads()) as pool:  # nothing is timed yet
+            list(pool.map(start, workers))
+        calls = [_until(deadline, worker, prepare(worker)) for worker in workers]
+        for worker, call in zip(workers, calls, strict=True):
+            warm_up(call)
+            huge_pages &= bool(worker.settle()["huge_page_bytes"])
+        pairs = Pairs(calls[::2], calls[1::2], seed=seed)
+        for look in LOOKS:
+            while len(pairs) < look:
+                pairs.round()
+            yield pairs, huge_pages
+    except WorkerTimeoutError:
+        yield pairs, huge_pages
+
+
+def _until(deadline: float, worker: Worker, call: Call) -> Call:
+    """The call, which is not begun after the deadline and not waited for any longer."""
+
+    def bounded() -> float:
+        worker.timeout_s = deadline - time.monotonic()
+        if worker.timeout_s <= 0:
+            raise WorkerTimeoutError(f"{worker.name}: the time is up")
+        return call()
+
+    return bounded
 
 
 def _reason(
@@ -160,7 +188,7 @@ def _reason(
         return None
     spent = f"after {pairs} pairs of calls in {seconds:.1f} s"
     if interval is None:
-        return f"too noisy: {spent} there are too few for an interval; give more time, or a shorter call"
+        return f"too noisy: {spent} are too few for an interval; give more time, a shorter call, or a quieter machine"
     found = (
         f"it takes {interval.ratio:.3f} times as long ({level:.0%} interval {interval.low:.3f} to {interval.high:.3f}) "
         + spent
@@ -265,14 +293,7 @@ def _process_variance(values: np.ndarray, process: np.ndarray, least: float) -> 
 
 
 def _process_medians(values: np.ndarray, process: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(processes, median of each, variance of that median).
-
-    The median of n values with standard deviation σ has the variance π σ² / (2 n); σ is taken to be 1.4826 times the
-    median absolute deviation, which bursts of load do not move.
-    """
+    """(processes, median of each, variance of that median)."""
     labels = np.unique(process)
     groups = [values[process == label] for label in labels]
-    medians = np.array([np.median(group) for group in groups])
-    deviations = [np.median(np.abs(group - middle)) for group, middle in zip(groups, medians, strict=True)]
-    by_chance = [math.pi / 2 * (1.4826 * d) ** 2 / len(group) for d, group in zip(deviations, groups, strict=True)]
-    return labels, medians, np.array(by_chance)
+    return labels, np.array([np.median(group) for group in groups]), np.array([median_variance(g) for g in groups])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ldm_deploy.eval.budget import AGAINST
@@ -188,3 +188,31 @@ def format_gate_value(gate: Mapping[str, Any], key: str = "value") -> str:
     if number is None:
         return DASH
     return format_bytes(number) if gate["name"] in ("peak_memory_max", "size_max") else f"{number:.4g}"
+
+
+def format_cold_start(times_ms: Mapping[str, float] | None) -> str:
+    """`1240 ms: process 80, import 210, load 150, first image 800`"""
+    if times_ms is None:
+        return DASH
+    parts = ", ".join(f"{name.replace('_', ' ')} {value:.0f}" for name, value in times_ms.items())
+    return f"{sum(times_ms.values()):.0f} ms: {parts}"
+
+
+def format_memory(memory: Mapping[str, Any] | None) -> str:
+    """What a process holds, apart."""
+    if memory is None:
+        return DASH
+    parts = {"libraries": "before_load_bytes", "weights": "weights_bytes", "activations": "activations_bytes"}
+    text = ", ".join(f"{name} {format_bytes(memory[key])}" for name, key in parts.items())
+    gpu = (
+        memory["gpu_reason"]
+        if memory["gpu_peak_bytes"] is None
+        else f"at most {format_bytes(memory['gpu_peak_bytes'])}"
+    )
+    return f"{text}; GPU: {gpu}"
+
+
+def format_throughput(rows: Sequence[Mapping[str, Any]]) -> str:
+    """`1: 85.2, 2: 97.0, 4: 103 per second`: per second, by batch."""
+    measured = [f"{row['batch']}: {row['per_s']:.3g}" for row in rows if row["per_s"] is not None]
+    return f"{', '.join(measured)} per second" if measured else DASH

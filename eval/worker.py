@@ -6,15 +6,21 @@ Requests and answers are JSON, one per line; arrays travel as .npy and .npz file
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ldm_deploy.errors import EvaluationError, LdmDeployError
+from ldm_deploy.eval.clock import clock_of, host_clock
+from ldm_deploy.eval.memory import MemoryLog
 from ldm_deploy.eval.placement import huge_page_bytes, pin, pin_threads, thread_times
 
 
@@ -29,6 +35,9 @@ class Subject:
             import ldm_deploy
 
             self.pipeline = ldm_deploy.load(spec["bundle"], variant=spec["variant"], threads=threads, spinning=False)
+            for component in DRAWING:
+                if component in self.pipeline.components:
+                    self.pipeline.components[component]
         elif kind == "reference":
             from ldm_deploy.models.sources import load_source
             from ldm_deploy.models.torch_engine import torch_pipeline
@@ -54,9 +63,38 @@ class Subject:
         arguments = {key: value for key, value in request.items() if value is not None}
         if "size" in arguments:
             arguments["size"] = tuple(arguments["size"])
-        start = time.perf_counter()
-        images = self.pipeline(**arguments)
-        return 1000 * (time.perf_counter() - start), images[0]
+        milliseconds, images = host_clock(lambda: self.pipeline(**arguments))
+        return milliseconds, images[0]
+
+
+# What a runtime's engines are opened by: importing it is no part of loading a model.
+MODULES = {"openvino": "openvino", "tensorrt": "tensorrt", "aoti": "torch", "torch-tensorrt": "torch_tensorrt"}
+DRAWING = ("text_encoder", "unet", "vae_decoder", "pipeline")  # what a variant needs to draw; it opens engines late
+
+
+def requirements(spec: Mapping[str, Any]) -> tuple[list[str], str]:
+    """(modules that a subject imports, its device: "cpu" or "cuda")."""
+    if spec["kind"] in ("reference", "module"):
+        return ["ldm_deploy.models.sources", "ldm_deploy.models.torch_engine", "torch"], spec.get("device", "cpu")
+    modules, device = {"ldm_deploy.runtime.pipeline"}, "cpu"
+    for engine in _records(spec):
+        modules.add(MODULES.get(engine["runtime"], "onnxruntime"))
+        device = "cuda" if "cuda" in (device, engine["device"]) else "cpu"
+    return sorted(modules), device
+
+
+def _records(spec: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What bundle.json says of the engines in question. It is checked when it is loaded, not here."""
+    if "bundle" not in spec:
+        return [{"runtime": spec["runtime"], "device": "cpu"}] if "runtime" in spec else []
+    try:
+        data = json.loads((Path(spec["bundle"]) / "bundle.json").read_text(encoding="utf-8"))
+        wanted = [spec.get("engine")]
+        for variant in data["variants"]:
+            wanted += variant["engines"] if variant["name"] == spec.get("variant") else []
+        return [engine for engine in data["engines"] if engine["id"] in wanted]
+    except (OSError, ValueError, LookupError, TypeError):
+        return []
 
 
 def _open_engine(spec: dict[str, Any], threads: int) -> Any:
@@ -92,7 +130,7 @@ def open_module(spec: dict[str, Any], threads: int | None = None) -> Any:
 
 def _call(file: str, function: str, arguments: dict[str, Any]) -> Any:
     """A pipeline or an engine of one's own: `function(**arguments)` of a Python file."""
-    import importlib.util
+    import importlib.util  # not loaded by `import importlib`
 
     spec = importlib.util.spec_from_file_location("ldm_deploy_eval_factory", file)
     assert spec is not None
@@ -108,6 +146,7 @@ class Session:
 
     def __init__(self) -> None:
         self.subject: Subject | None = None
+        self.memory, self.device = MemoryLog(), "cpu"
         self.processors: list[int] = []
         self.loaded: dict[int, int] = {}  # what every thread had spent by then
         self.feeds: dict[str, dict[str, np.ndarray]] = {}
@@ -115,53 +154,58 @@ class Session:
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         operation = request.pop("op")
         if operation == "load":
-            start = time.perf_counter()
-            self.processors = pin(request["threads"])
-            self.subject = Subject(request["spec"], request["threads"])
-            self.loaded = thread_times()
-            return {"load_ms": 1000 * (time.perf_counter() - start), "processors": self.processors}
-        if operation == "memory":
-            from ldm_deploy.eval.memory import peak_memory_bytes
-
-            return {"peak_memory_bytes": peak_memory_bytes()}
+            return self.load(request["spec"], request["threads"])
         if self.subject is None:
             raise ValueError("nothing is loaded yet; send `load` first")
+        if operation == "memory":
+            return self.memory.report(self.device)
         if operation == "image":
             out = request.pop("out")
             milliseconds, image = self.subject.draw(request)
             np.save(out, image, allow_pickle=False)
             return {"latency_ms": milliseconds}
         if operation == "run":
-            return {"latency_ms": self.run(request)}
+            return self.run(request)
         if operation == "settle":
             pinned = pin_threads(self.processors, self.loaded)
             return {"threads": len(pinned), "huge_page_bytes": huge_page_bytes()}
         raise ValueError(f"operation {operation!r} is unknown; allowed: load, image, run, settle, memory, quit")
 
-    def run(self, request: dict[str, Any]) -> list[float]:
+    def load(self, spec: dict[str, Any], threads: int) -> dict[str, Any]:
+        """Import what the subject needs, then load it: milliseconds of both, and the time (s) when it began."""
+        ready, start = time.time(), time.perf_counter()
+        self.processors = pin(threads)
+        modules, self.device = requirements(spec)
+        for module in modules:
+            with contextlib.suppress(ImportError):  # loading says what is missing
+                importlib.import_module(module)
+        imported = time.perf_counter()
+        self.memory = MemoryLog(gpu=self.device == "cuda")
+        self.subject = Subject(spec, threads)
+        self.memory.loaded()
+        self.loaded = thread_times()
+        times = {"import_ms": imported - start, "load_ms": time.perf_counter() - imported}
+        milliseconds = {name: 1000 * value for name, value in times.items()}
+        return {"ready": ready, **milliseconds, "processors": self.processors}
+
+    def run(self, request: dict[str, Any]) -> dict[str, Any]:
         """Milliseconds of `repeats` calls of one engine on the feeds of a .npz file, which is read once."""
         assert self.subject is not None
         if request["feeds"] not in self.feeds:
             with np.load(request["feeds"], allow_pickle=False) as stored:
                 self.feeds[request["feeds"]] = {name: stored[name] for name in stored.files}
         feeds, engine = self.feeds[request["feeds"]], self.subject.engine(request.get("component"))
-        times = []
-        for _ in range(request["repeats"]):
-            start = time.perf_counter()
-            outputs = engine.run(feeds)
-            times.append(1000 * (time.perf_counter() - start))
-        for name, value in outputs.items():
+        name, clock = clock_of(engine)
+        timed = [clock(lambda: engine.run(feeds)) for _ in range(request["repeats"])]
+        outputs = timed[-1][1]
+        for output, value in outputs.items():
             if not np.isfinite(value).all():
-                from ldm_deploy.errors import EvaluationError
-
-                raise EvaluationError(f"output {name!r} holds NaN or infinity")
-        return times
+                raise EvaluationError(f"output {output!r} holds NaN or infinity")
+        return {"latency_ms": [milliseconds for milliseconds, _ in timed], "clock": name}
 
 
 def one_line(error: BaseException) -> str:
     """`message` of our own errors, `Class: message` of others."""
-    from ldm_deploy.errors import LdmDeployError
-
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     if isinstance(error, LdmDeployError) and text:
         return text

@@ -35,6 +35,8 @@ class TensorRtEngine:
     read. Raises `EngineError`.
     """
 
+    device = "cuda"
+
     def __init__(self, files: Sequence[Path], built_for: Mapping[str, Any]) -> None:
         self.path = Path(files[0])
         trt = _import(self.path)

@@ -21,6 +21,7 @@ from ldm_deploy.eval.machine import machine
 from ldm_deploy.eval.measure import BASELINE, Measured
 from tests.eval.states import prepare
 
+CONDITIONS = {"load_average": [0.0, 0.0, 0.0], "frequency_mhz": [2400.0, 2400.0], "stolen_s": 1.5}
 FP32, INT8 = "fp32-onnxruntime-cpu", "int8-onnxruntime-cpu"
 GRID = Grid(("red apple", "<b>sun</b> & co"), (0, 1))
 
@@ -66,6 +67,17 @@ class Case:
         self.found.memory_bytes = {BASELINE: 400 * 2**20, FP32: 120 * 2**20, INT8: 110 * 2**20}
         self.found.load_ms = dict.fromkeys(self.found.images, 10.0)
         self.found.component_ms = {"unet": {BASELINE: [4.0, 4.1], "unet-fp32": [2.0, 2.1], "unet-int8": [1.0, 1.05]}}
+        memory = {
+            "before_load_bytes": 50 * 2**20, "after_load_bytes": 80 * 2**20, "peak_working_bytes": 90 * 2**20,
+            "weights_bytes": 30 * 2**20, "activations_bytes": 10 * 2**20, "reason": None,
+            "gpu_peak_bytes": None, "gpu_reason": "it runs on the processor",
+        }  # fmt: skip
+        start = {"process": 100.0, "import": 200.0, "load": 210.0, "first_image": 800.0}
+        self.found.memory = dict.fromkeys(self.found.images, memory)
+        self.found.cold_start_ms = dict.fromkeys(self.found.images, start)
+        self.found.batch_ms = {1: dict.fromkeys(self.found.images, [100.0]), 4: {FP32: [320.0], INT8: [320.0]}}
+        self.found.component_batch_ms = {"unet": {1: {"unet-int8": [1.25]}, 8: {"unet-int8": [8.0]}}}
+        self.found.clock = dict.fromkeys(("unet-fp32", "unet-int8"), "host")
         self.baseline: dict[str, Any] = {
             "name": BASELINE, "status": "ok", "reason": None, "size_bytes": 1000, "stored_bytes": 500,
             "latency_ms": {"median": 105.0, "p5": 100.0, "p95": 120.0, "samples": 4}, "load_ms": 10.0,
@@ -92,7 +104,7 @@ class Case:
                 "prompts_sha256": GRID.prompts_sha256, "prompts": list(GRID.prompts), "seeds": list(GRID.seeds),
                 "sampler": "ddim", "steps": 50, "guidance_scale": 5.0, "size": [32, 32], "threads": 2, **PROTOCOL,
             },
-            "machine": {**machine(2), "load_average_after": [0.0, 0.0, 0.0]},
+            "machine": {**machine(2), "load_average_after": [0.0, 0.0, 0.0], "conditions": {"before": CONDITIONS, "after": CONDITIONS}},
             "default_variant": FP32,
             **judge(self.data, self.folder, self.found, GRID, self.budget, self.baseline),
         }  # fmt: skip

@@ -109,3 +109,57 @@ def slow_engine() -> Engine:
 
 def nan_engine() -> Engine:
     return Engine(fault="nan")
+
+
+class ErraticEngine:
+    """Fast or thirty times slower, by chance."""
+
+    def __init__(self) -> None:
+        self.rng = np.random.default_rng()
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        time.sleep(0.001 if self.rng.random() < 0.5 else 0.03)
+        return {"prediction": feeds["sample"]}
+
+
+def erratic_engine() -> ErraticEngine:
+    return ErraticEngine()
+
+
+class PoolEngine:
+    """Computes in two threads, and has one more that does not."""
+
+    def __init__(self) -> None:
+        from concurrent.futures import ThreadPoolExecutor
+
+        self.idle = ThreadPoolExecutor(1)
+        self.idle.submit(int).result()
+        self.pool = ThreadPoolExecutor(1)
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        other = self.pool.submit(self.compute)
+        self.compute()
+        other.result()
+        return {"prediction": feeds["sample"]}
+
+    def compute(self) -> None:
+        np.sort(np.random.default_rng(0).random(200_000))  # without the lock, and in this thread alone
+
+
+def pool_engine() -> PoolEngine:
+    return PoolEngine()
+
+
+class HeavyEngine:
+    """Holds 64 MiB from loading on, and 128 MiB more during a call."""
+
+    def __init__(self, mebibytes: int = 64) -> None:
+        self.weights = np.ones(mebibytes * 2**20, np.uint8)
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        work = np.ones(2 * self.weights.size, np.uint8)
+        return {"prediction": feeds["sample"] + np.float32(work[-1])}
+
+
+def heavy_engine(mebibytes: int = 64) -> HeavyEngine:
+    return HeavyEngine(mebibytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,19 @@ def test_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (decoder,) = result["components"]
     assert (decoder["component"], decoder["inputs"]) == ("vae_decoder", "latent 1x4x8x8")
     assert decoder["latency_ms"]["samples"] > 2
+    assert [row["batch"] for row in decoder["throughput"]] == [1, 2, 4, 8]
+    assert all(row["per_s"] > 0 for row in decoder["throughput"])
+    assert [row["batch"] for row in fp32["throughput"]] == [1, 4]
+    assert list(fp32["cold_start_ms"]) == ["process", "import", "load", "first_image"]
+    assert min(fp32["cold_start_ms"].values()) > 0
+    assert fp32["peak_memory_bytes"] > 2**20
+    assert fp32["memory"]["gpu_reason"] == "it runs on the processor"
+    assert (broken["memory"], broken["cold_start_ms"]) == (None, None)
     print_bench(result)
     lines = capsys.readouterr().out.splitlines()
-    assert "not measured: " in lines[-1]
     assert lines[1] == "vae_decoder: latent 1x4x8x8"
+    assert any("not measured: " in line for line in lines)
+    shown = [" ".join(line.split()) for line in lines if fp32["name"] in line]
+    assert any(re.search(r" 1: \S+, 2: \S+, 4: \S+, 8: \S+ per second$", line) for line in shown)
+    assert any(re.search(r" \d+ ms: process \d+, import \d+, load \d+, first image \d+$", line) for line in shown)
+    assert lines[-1].strip().startswith("libraries ")

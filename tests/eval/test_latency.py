@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from ldm_deploy.eval.latency import Worker, WorkerError, compare_engines, interleaved, start_all, summary, warm_up
+from ldm_deploy.eval.latency import (
+    ROUNDS_PER_LOOK,
+    Worker,
+    WorkerError,
+    compare_engines,
+    interleaved,
+    start_all,
+    summary,
+    warm_up,
+)
 
 FACTORIES = Path(__file__).with_name("factories.py")
 FEEDS = {"sample": np.ones((1, 2), np.float32)}
@@ -45,8 +55,36 @@ def test_a_worker_draws_runs_and_tells_its_memory(start: Callable[..., Worker]) 
     assert not np.array_equal(worker.image("red apple", 1)[1], image)
     key = worker.put(FEEDS)
     assert len(worker.run(key, component="unet", repeats=3)) == 3
-    assert worker.peak_memory_bytes() > 2**20
-    assert worker.load_ms is not None
+    assert worker.memory()["peak_bytes"] > 2**20
+
+
+def test_a_cold_start_is_told_apart_and_adds_up(start: Callable[..., Worker]) -> None:
+    before = time.monotonic()
+    worker = start("fast")
+    passed = 1000 * (time.monotonic() - before)
+    times = worker.cold_start_ms
+    assert list(times) == ["process", "import", "load"]
+    assert min(times.values()) >= 0
+    assert times["process"] > 0
+    assert sum(times.values()) <= passed + 50  # two clocks
+    assert worker.load_ms == pytest.approx(times["import"] + times["load"])
+
+
+def test_what_loading_and_what_a_call_holds_are_told_apart(start: Callable[..., Worker]) -> None:
+    if not Path("/proc/self/clear_refs").is_file():
+        pytest.skip("this system does not tell")
+    found = {}
+    for mebibytes in (16, 64):
+        worker = Worker("heavy", {**spec("heavy_engine"), "arguments": {"mebibytes": mebibytes}}, threads=1)
+        with worker:
+            worker.run(worker.put(FEEDS))
+            found[mebibytes] = worker.memory()
+    more = {key: found[64][key] - found[16][key] for key in ("weights_bytes", "activations_bytes", "peak_bytes")}
+    assert more["weights_bytes"] == pytest.approx(48 * 2**20, rel=0.05)
+    assert more["activations_bytes"] == pytest.approx(96 * 2**20, rel=0.05)
+    assert more["peak_bytes"] == pytest.approx(144 * 2**20, rel=0.05)
+    assert found[64]["peak_working_bytes"] == found[64]["after_load_bytes"] + found[64]["activations_bytes"]
+    assert (found[64]["gpu_peak_bytes"], found[64]["gpu_reason"]) == (None, "it runs on the processor")
 
 
 def test_a_worker_keeps_to_the_processors_it_was_given(start: Callable[..., Worker]) -> None:
@@ -158,8 +196,31 @@ def test_warm_up_goes_on_until_stable(latencies: list[float], calls: int) -> Non
     assert warm_up(iter([float(value) for value in latencies]).__next__) == calls
 
 
+def test_a_run_ends_once_enough_is_known() -> None:
+    asked: list[int] = []
+
+    def enough(results: Mapping[str, list[int]]) -> bool:
+        asked.append(len(results["a"]))
+        return len(results["a"]) >= 2 * ROUNDS_PER_LOOK
+
+    results, _ = interleaved([Turn("a"), Turn("b")], lambda _, index: index, 1000, enough=enough)
+    assert asked == [ROUNDS_PER_LOOK, 2 * ROUNDS_PER_LOOK]
+    assert results["a"] == results["b"] == list(range(2 * ROUNDS_PER_LOOK))
+
+
+def test_the_99th_percentile_is_told_where_there_are_samples_for_it() -> None:
+    assert "p99" not in summary([1.0] * 99)
+    assert summary([float(value) for value in range(1, 202)])["p99"] == 199.0
+
+
 def test_summary_has_median_and_tails() -> None:
-    assert summary([float(value) for value in range(101)]) == {"median": 50.0, "p5": 5.0, "p95": 95.0, "samples": 101}
+    assert summary([float(value) for value in range(101)]) == {
+        "median": 50.0,
+        "p5": 5.0,
+        "p95": 95.0,
+        "p99": 99.0,
+        "samples": 101,
+    }
 
 
 def test_a_slower_engine_is_found_slower_and_a_broken_one_is_named() -> None:

@@ -232,13 +232,13 @@ def test_studies_are_shown_where_they_are_and_not_mentioned_where_they_are_not(r
 def test_figures_that_the_page_does_not_know_are_shown_as_they_are(report_in: Report) -> None:
     result = json.loads(json.dumps(report_in("all well")))
     row = result["variants"][1]
-    row["cold_start"] = {"import_ms": 812.25, "stable": True, "note": "<first>", "nothing": None}
-    row["throughput"] = [{"batch": 1, "images_per_s": 2.5}, {"batch": 4, "images_per_s": 3.25}]
+    row["energy"] = {"joules": 812.25, "stable": True, "note": "<first>", "nothing": None}
+    row["tries"] = [{"batch": 1, "images_per_s": 2.5}, {"batch": 4, "images_per_s": 3.25}]
     figure = {"mean": 0.125, "worst": 0.5, "ci95": [0.1, 0.2], "n": 4, "reason": None}
     row["quality"]["moon_phase"] = {**figure, "tile": [16, 32]}
     page = Page(to_html(result))
     text = " ".join(page.text.split())
-    for expected in ("cold_start", "812.25", "<first>", "throughput", "3.25"):
+    for expected in ("energy", "812.25", "<first>", "tries", "3.25"):
         assert expected in text
     for expected in ("moon_phase", "0.1000 to 0.2000", "tile: 16, 32"):
         assert expected in text
@@ -274,3 +274,28 @@ def test_a_reconstruction_has_a_table_of_its_own_and_the_file_that_is_worst(repo
     (cells,) = (row for row in page.rows if row[5:6] == ["a.png"])
     assert cells[:5] == ["PSNR, dB", "31.2", "30.0 to 32.0", "20.5", "3"]
     assert "not measured: it returned NaN" in page.text
+
+
+def test_latency_by_batch_cold_start_memory_and_noise_have_their_places(case: Any) -> None:
+    rng = np.random.default_rng(0)
+    case.found.latency_ms[INT8] = list(40 * np.exp(3 * rng.standard_normal(4)))  # too noisy to judge
+    report = case.report()
+    text = " ".join(Page(to_html(report)).text.split())
+    for expected in (
+        "1: 10, 4: 12.5 per second",
+        "rows at once, unet 1: 800, 8: 1e+03 per second",
+        "1310 ms: process 100, import 200, load 210, first image 800",
+        "libraries 50.0 MiB, weights 30.0 MiB, activations 10.0 MiB; GPU: it runs on the processor",
+        "too noisy: the 95 % interval",
+        "2400 2400 MHz; 1.5 s given to other machines",
+    ):
+        assert expected in text
+    assert report["chosen"] == FP32
+    old = json.loads(json.dumps(dict(report)))  # as written before these figures were taken
+    for row in old["variants"]:
+        for key in ("cold_start_ms", "memory", "throughput"):
+            del row[key]
+        for part in row["components"]:
+            del part["throughput"]
+    del old["machine"]["conditions"], old["protocol"]["cold_start"]
+    assert "cold start –" in " ".join(Page(to_html(old)).text.split())
