@@ -75,7 +75,7 @@ class Case:
         start = {"process": 100.0, "import": 200.0, "load": 210.0, "first_image": 800.0}
         self.found.memory = dict.fromkeys(self.found.images, memory)
         self.found.cold_start_ms = dict.fromkeys(self.found.images, start)
-        self.found.batch_ms = {1: dict.fromkeys(self.found.images, [100.0]), 4: {FP32: [320.0], INT8: [320.0]}}
+        self.found.batch_ms = {1: {name: [100.0] for name in self.found.images}, 4: {FP32: [320.0], INT8: [320.0]}}
         self.found.component_batch_ms = {"unet": {1: {"unet-int8": [1.25]}, 8: {"unet-int8": [8.0]}}}
         self.found.clock = dict.fromkeys(("unet-fp32", "unet-int8"), "host")
         self.baseline: dict[str, Any] = {
@@ -104,7 +104,10 @@ class Case:
                 "prompts_sha256": GRID.prompts_sha256, "prompts": list(GRID.prompts), "seeds": list(GRID.seeds),
                 "sampler": "ddim", "steps": 50, "guidance_scale": 5.0, "size": [32, 32], "threads": 2, **PROTOCOL,
             },
-            "machine": {**machine(2), "load_average_after": [0.0, 0.0, 0.0], "conditions": {"before": CONDITIONS, "after": CONDITIONS}},
+            "machine": {
+                **machine(2), "load_average_after": [0.0, 0.0, 0.0],
+                "conditions": {"before": CONDITIONS, "after": CONDITIONS},
+            },
             "default_variant": FP32,
             **judge(self.data, self.folder, self.found, GRID, self.budget, self.baseline),
         }  # fmt: skip
