@@ -214,5 +214,6 @@ def format_memory(memory: Mapping[str, Any] | None) -> str:
 
 def format_throughput(rows: Sequence[Mapping[str, Any]]) -> str:
     """`1: 85.2, 2: 97.0, 4: 103 per second`: per second, by batch."""
-    measured = [f"{row['batch']}: {row['per_s']:.3g}" for row in rows if row["per_s"] is not None]
+    rounded = {row["batch"]: float(f"{row['per_s']:.3g}") for row in rows if row["per_s"] is not None}
+    measured = [f"{batch}: {per_s:g}" for batch, per_s in rounded.items()]
     return f"{', '.join(measured)} per second" if measured else DASH

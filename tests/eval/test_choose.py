@@ -155,12 +155,13 @@ def test_an_empty_bundle_has_nothing_to_choose(case: Any) -> None:
 
 def test_a_run_in_which_the_ratio_changed_is_not_judged(case: Any) -> None:
     """INT8 stays faster throughout, and its interval keeps the limit: but of what is it an interval?"""
-    steps = np.where(np.arange(48) < 24, 2.5, 1.5)
+    steps = np.where(np.arange(48) < 24, 2.5, 2.1)
     noise = np.exp(0.01 * np.random.default_rng(0).standard_normal((2, 48)))
+    case.lose(FP32, "it is not of this test")
     case.found.latency_ms = {BASELINE: list(100 * noise[0]), INT8: list(100 * noise[1] / steps)}
     report = case.report()
     gate = gate_of(report, INT8, "speedup_min")
     assert gate["result"] == "not measured"
-    assert gate["reason"].startswith("too noisy: the ratio was 2.5")
+    assert gate["reason"].startswith("too noisy: the ratio was 2.49 in the first half of the run and 2.10 in")
     assert report["chosen"] is None
     assert exit_code(report) == 4
