@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import sys
 import time
-from collections.abc import Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from ldm_deploy.progress import note  # noqa: E402
 
 COMPONENTS = ("unet", "vae_decoder")
 TORCH_ROWS = (("fp32", False), ("fp16", False), ("bf16", False), ("fp32", True), ("fp16", True))
-BASELINE = "fp32-torch"
+CORES_PER_BUILD = 2
 PACKAGES = ("torch", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "torch-tensorrt", "onnx", "triton")
 Row = dict[str, Any]
 
@@ -74,63 +75,79 @@ def row(name: str, precision: str, runtime: str) -> Row:
     }  # fmt: skip
 
 
-def torch_rows(source: Path, component: str, probes: Any, device: str) -> Iterator[Row]:
-    """torch itself: eager and compiled."""
+def torch_row(source: Path, component: str, probes: Path, device: str, precision: str, compiled: bool) -> Row:
+    """torch itself, eager or compiled. `probes`: a file of `write_probes`."""
     from ldm_deploy.eval.budget import load_budget
-    from ldm_deploy.eval.parity import compare_outputs
+    from ldm_deploy.eval.parity import compare_outputs, read_probes
     from ldm_deploy.eval.worker import open_module
 
-    for precision, compiled in TORCH_ROWS:
-        made = row(f"{precision}-torch{'.compile' if compiled else ''}", precision, "torch")
-        spec = {"kind": "module", "path": str(source), "component": component, "precision": precision,
-                "device": device, "compile": compiled}  # fmt: skip
-        start = time.monotonic()
-        try:
-            limit = load_budget(None).parity_limit(precision, component)
-            # Compiled for the size that is timed: every further one is compiled anew.
-            result = compare_outputs(open_module(spec), probes[:1] if compiled else probes, limit)
-            made |= {"parity": result.to_dict(), "build_s": time.monotonic() - start, "spec": spec}
-            if result.reason is not None:
-                made |= {"status": "failed", "reason": result.reason, "spec": None}
-        except Exception as error:  # of torch's compiler, whatever it is
-            lines = str(error).splitlines() or [type(error).__name__]
-            made |= {"status": "failed", "reason": lines[0]}
-        yield made
+    made = row(f"{precision}-torch{'.compile' if compiled else ''}", precision, "torch")
+    note(f"{component}: {made['name']}")
+    spec = {"kind": "module", "path": str(source), "component": component, "precision": precision,
+            "device": device, "compile": compiled}  # fmt: skip
+    start = time.monotonic()
+    try:
+        limit = load_budget(None).parity_limit(precision, component)
+        # Compiled for the size that is timed: every further one is compiled anew.
+        result = compare_outputs(open_module(spec), read_probes(probes)[: 1 if compiled else None], limit)
+    except Exception as error:  # of torch's compiler, whatever it is
+        lines = str(error).splitlines() or [type(error).__name__]
+        return made | {"status": "failed", "reason": lines[0]}
+    made |= {"parity": result.to_dict(), "build_s": time.monotonic() - start, "spec": spec}
+    return made if result.reason is None else made | {"status": "failed", "reason": result.reason, "spec": None}
 
 
-def engine_rows(source: Path, component: str, device: str, folder: Path) -> Iterator[Row]:
-    """Every target on the device in every precision it has, built here."""
+def engine_row(source: Path, component: str, target_name: str, precision: str, folder: Path, threads: int) -> Row:
+    """An engine of a target in a precision, built here."""
     from ldm_deploy.export.export import export_source
     from ldm_deploy.export.targets import TARGETS
 
-    for target in TARGETS.values():
-        for precision in target.precisions if target.device == device else ():
-            made, out = row(f"{precision}-{target.name}", precision, target.runtime), folder / target.name / precision
-            note(f"{component}: {made['name']}")
-            start = time.monotonic()
-            try:
-                bundle = export_source(source, out / component, variants=[(precision, target.name)],
-                                       components=[component])  # fmt: skip
-            except LdmDeployError as error:
-                yield made | {"status": "not measured", "reason": str(error)}
-                continue
-            (engine,) = bundle.data["engines"]
-            made |= {key: engine[key] for key in ("size_bytes", "precision_found", "parity")}
-            spec = {"kind": "engine", "bundle": str(out / component), "engine": engine["id"]}
-            yield made | {"build_s": time.monotonic() - start, "spec": spec}
+    target = TARGETS[target_name]
+    made, out = row(f"{precision}-{target_name}", precision, target.runtime), folder / target_name / precision
+    absent = [name for name, version in tool_versions(*target.packages).items() if version == "absent"]
+    if absent:
+        return made | {"status": "not measured", "reason": f"{absent[0]} is not installed"}
+    note(f"{component}: {made['name']}")
+    start = time.monotonic()
+    try:
+        bundle = export_source(source, out / component, variants=[(precision, target_name)], components=[component],
+                               threads=threads)  # fmt: skip
+    except LdmDeployError as error:
+        return made | {"status": "not measured", "reason": str(error)}
+    (engine,) = bundle.data["engines"]
+    made |= {key: engine[key] for key in ("size_bytes", "precision_found", "parity")}
+    spec = {"kind": "engine", "bundle": str(out / component), "engine": engine["id"]}
+    return made | {"build_s": time.monotonic() - start, "spec": spec}
 
 
-def measure(source: Path, component: str, device: str, folder: Path, rounds: int) -> list[Row]:
-    """All rows of a component."""
-    from ldm_deploy.eval.latency import compare_engines
-    from ldm_deploy.eval.measure import component_feeds
+def build_rows(source: Path, component: str, device: str, folder: Path, pool: Executor, threads: int) -> list[Any]:
+    """Futures of all rows of a component, in order. Compilers keep few processors busy: `pool` runs several at once."""
+    from ldm_deploy.eval.parity import write_probes
     from ldm_deploy.export.probes import make_probes
+    from ldm_deploy.export.targets import TARGETS
     from ldm_deploy.models.sources import load_source
 
-    probes = make_probes(load_source(source), components=[component])[component]
-    rows = [*torch_rows(source, component, probes, device), *engine_rows(source, component, device, folder)]
+    probes = folder / f"{component}.safetensors"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_probes(probes, make_probes(load_source(source), components=[component])[component])
+    engines = [
+        pool.submit(engine_row, source, component, target.name, precision, folder, threads)
+        for target in TARGETS.values()
+        for precision in (target.precisions if target.device == device else ())
+    ]
+    eager = [pool.submit(torch_row, source, component, probes, device, *chosen) for chosen in TORCH_ROWS]
+    return [*eager, *engines]
+
+
+def measure(rows: list[Row], component: str, probes: Path, rounds: int) -> list[Row]:
+    """Time what was built."""
+    from ldm_deploy.eval.latency import compare_engines
+    from ldm_deploy.eval.measure import component_feeds
+    from ldm_deploy.eval.parity import read_probes
+
     specs = {made["name"]: made["spec"] for made in rows if made["spec"] is not None}
-    found = compare_engines(specs, component_feeds(component, probes), rounds=rounds, time_limit_s=20.0 * len(specs))
+    feeds = component_feeds(component, read_probes(probes))
+    found = compare_engines(specs, feeds, rounds=rounds, time_limit_s=20.0 * len(specs))
     for made in rows:
         name = made["name"]
         made["latency_ms"], made["speedup"] = found["latency_ms"].get(name), found["speedup"].get(name)
@@ -138,6 +155,19 @@ def measure(source: Path, component: str, device: str, folder: Path, rounds: int
             made |= {"status": "failed", "reason": found["failed"][name]}
         del made["spec"]
     return rows
+
+
+class Inline(Executor):
+    """Runs what is submitted at once, in this process."""
+
+    def submit(self, function: Any, /, *arguments: Any, **named: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(function(*arguments, **named))
+        return future
+
+
+def builders(jobs: int) -> Executor:
+    return ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) if jobs > 1 else Inline()
 
 
 def to_markdown(report: dict[str, Any]) -> str:
@@ -185,7 +215,7 @@ def device_name(device: str) -> str | None:
 
 def run(models: list[str], device: str, out: Path, rounds: int) -> dict[str, Any]:
     """Measure what `out`/gpu.json does not have yet; writes it after every component."""
-    from ldm_deploy.eval.machine import machine
+    from ldm_deploy.eval.machine import machine, usable_threads
     from ldm_deploy.models.sources import resolve_source
 
     file = out / "gpu.json"
@@ -196,14 +226,24 @@ def run(models: list[str], device: str, out: Path, rounds: int) -> dict[str, Any
         earlier = json.loads(file.read_text("utf-8"))
         if all(earlier.get(key) == conditions[key] for key in ("device_name", "versions")):
             report["components"] = earlier["components"]
-    for model in models:
-        source = model_71m(out / "71m") if model == "71m" else resolve_source(model)
-        for component in COMPONENTS:
-            key = f"{component} of {model}"
-            if key not in report["components"]:
-                report["components"][key] = measure(source, component, device, out / "engines" / model, rounds)
-                atomic_write_json(file, report)
-                atomic_write_bytes(out / "gpu.md", to_markdown(report).encode())
+    wanted = [(model, component) for model in models for component in COMPONENTS]
+    missing = [pair for pair in wanted if f"{pair[1]} of {pair[0]}" not in report["components"]]
+    jobs = max(1, usable_threads() // CORES_PER_BUILD)
+    with builders(jobs) as pool:
+        building = []
+        for model, component in missing:
+            source, folder = (
+                model_71m(out / "71m") if model == "71m" else resolve_source(model),
+                out / "engines" / model,
+            )
+            threads = usable_threads() // jobs
+            rows = build_rows(source, component, device, folder, pool, threads)
+            building.append((f"{component} of {model}", component, folder / f"{component}.safetensors", rows))
+        built = [(key, name, probes, [future.result() for future in rows]) for key, name, probes, rows in building]
+    for key, component, probes, rows in built:  # when nothing else runs any more
+        report["components"][key] = measure(rows, component, probes, rounds)
+        atomic_write_json(file, report)
+        atomic_write_bytes(out / "gpu.md", to_markdown(report).encode())
     return report
 
 

@@ -67,6 +67,7 @@ def test_every_row_is_measured_or_says_why(
 
 def test_a_wrong_row_is_marked(command: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ldm_deploy.eval import worker
+    from ldm_deploy.eval.parity import write_probes
 
     original = worker.open_module
 
@@ -77,11 +78,25 @@ def test_a_wrong_row_is_marked(command: ModuleType, tmp_path: Path, monkeypatch:
         return engine
 
     monkeypatch.setattr(worker, "open_module", open_wrong)
-    probes = [command_probe()]
-    (first, _) = command.torch_rows(command_source(), "text_encoder", probes, "cpu")
+    probes = tmp_path / "probes.safetensors"
+    write_probes(probes, [command_probe()])
+    first = command.torch_row(command_source(), "text_encoder", probes, "cpu", "fp32", False)
     assert not first["parity"]["passed"]
     cells = command._cells({**first, "latency_ms": {"median": 1.0, "p5": 1.0, "p95": 1.0}})
     assert "**above 0.0001**" in cells[2]
+
+
+def test_what_is_not_installed_is_not_tried(command: ModuleType, tmp_path: Path) -> None:
+    if command.tool_versions("torch-tensorrt")["torch-tensorrt"] != "absent":
+        pytest.skip("torch-tensorrt is installed")
+    made = command.engine_row(command_source(), "text_encoder", "torch-tensorrt-cuda", "fp16", tmp_path, 1)
+    assert (made["status"], made["reason"]) == ("not measured", "torch-tensorrt is not installed")
+
+
+def test_rows_are_built_side_by_side_as_one_by_one(command: ModuleType) -> None:
+    with command.builders(2) as several, command.builders(1) as one:
+        futures = [pool.submit(json.dumps, {"row": 1}) for pool in (several, one)]
+        assert [future.result() for future in futures] == ['{"row": 1}'] * 2
 
 
 def command_source() -> Path:
