@@ -16,11 +16,14 @@ about ten minutes on a GPU of a data centre.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import multiprocessing
 import sys
 import time
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +45,7 @@ def model_71m(folder: Path) -> Path:
     """A reference directory with random weights, the same ones every time."""
     import torch
 
-    from ldm_deploy.config import AutoencoderConfig, Config, UNetConfig
+    from ldm_deploy.config import AutoencoderConfig, Config, StageConfig, UNetConfig
     from ldm_deploy.models.reference import build_modules, describe, save_reference
     from ldm_deploy.models.sources import resolve_source
 
@@ -50,8 +53,9 @@ def model_71m(folder: Path) -> Path:
     if (folder / "model.json").is_file():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
+    untrained = StageConfig(1, 1, 1e-3)
     config = Config(
-        name="71m", resolution=256, autoencoder=AutoencoderConfig(64, (1, 2, 4, 4), 2, 4, 32, "sd1"),
+        "71m", untrained, untrained, resolution=256, autoencoder=AutoencoderConfig(64, (1, 2, 4, 4), 2, 4, 32, "sd1"),
         unet=UNetConfig((128, 256, 512), 2, (0, 1), (8, 8, 8), 32, "sd1"),
     )  # fmt: skip
     own = json.loads((shipped / "model.json").read_text("utf-8"))
@@ -75,13 +79,17 @@ def row(name: str, precision: str, runtime: str) -> Row:
     }  # fmt: skip
 
 
+def empty_torch_row(precision: str, compiled: bool) -> Row:
+    return row(f"{precision}-torch{'.compile' if compiled else ''}", precision, "torch")
+
+
 def torch_row(source: Path, component: str, probes: Path, device: str, precision: str, compiled: bool) -> Row:
     """torch itself, eager or compiled. `probes`: a file of `write_probes`."""
     from ldm_deploy.eval.budget import load_budget
     from ldm_deploy.eval.parity import compare_outputs, read_probes
     from ldm_deploy.eval.worker import open_module
 
-    made = row(f"{precision}-torch{'.compile' if compiled else ''}", precision, "torch")
+    made = empty_torch_row(precision, compiled)
     note(f"{component}: {made['name']}")
     spec = {"kind": "module", "path": str(source), "component": component, "precision": precision,
             "device": device, "compile": compiled}  # fmt: skip
@@ -130,13 +138,36 @@ def build_rows(source: Path, component: str, device: str, folder: Path, pool: Ex
     probes = folder / f"{component}.safetensors"
     folder.mkdir(parents=True, exist_ok=True)
     write_probes(probes, make_probes(load_source(source), components=[component])[component])
-    engines = [
-        pool.submit(engine_row, source, component, target.name, precision, folder, threads)
-        for target in TARGETS.values()
-        for precision in (target.precisions if target.device == device else ())
-    ]
-    eager = [pool.submit(torch_row, source, component, probes, device, *chosen) for chosen in TORCH_ROWS]
-    return [*eager, *engines]
+    work: list[tuple[Row, Callable[..., Row], tuple[Any, ...]]] = []
+    for precision, compiled in TORCH_ROWS:
+        given = (source, component, probes, device, precision, compiled)
+        work.append((empty_torch_row(precision, compiled), torch_row, given))
+    for target in TARGETS.values():
+        for precision in target.precisions if target.device == device else ():
+            empty = row(f"{precision}-{target.name}", precision, target.runtime)
+            work.append((empty, engine_row, (source, component, target.name, precision, folder, threads)))
+    return [pool.submit(isolated, empty, function, given) for empty, function, given in work]
+
+
+def isolated(empty: Row, function: Callable[..., Row], arguments: tuple[Any, ...]) -> Row:
+    """`function(*arguments)` in a process of its own: what crashes there is a row, not the end of the report."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(sender, function, arguments))
+    process.start()
+    sender.close()
+    try:
+        found: Row = receiver.recv()
+    except EOFError:
+        process.join()
+        return empty | {"status": "failed", "reason": f"its process ended with code {process.exitcode}"}
+    process.join()
+    return found
+
+
+def _send(sender: Connection, function: Callable[..., Row], arguments: tuple[Any, ...]) -> None:
+    faulthandler.enable()
+    sender.send(function(*arguments))
 
 
 def measure(rows: list[Row], component: str, probes: Path, rounds: int) -> list[Row]:
@@ -155,19 +186,6 @@ def measure(rows: list[Row], component: str, probes: Path, rounds: int) -> list[
             made |= {"status": "failed", "reason": found["failed"][name]}
         del made["spec"]
     return rows
-
-
-class Inline(Executor):
-    """Runs what is submitted at once, in this process."""
-
-    def submit(self, function: Any, /, *arguments: Any, **named: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        future.set_result(function(*arguments, **named))
-        return future
-
-
-def builders(jobs: int) -> Executor:
-    return ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) if jobs > 1 else Inline()
 
 
 def to_markdown(report: dict[str, Any]) -> str:
@@ -229,15 +247,12 @@ def run(models: list[str], device: str, out: Path, rounds: int) -> dict[str, Any
     wanted = [(model, component) for model in models for component in COMPONENTS]
     missing = [pair for pair in wanted if f"{pair[1]} of {pair[0]}" not in report["components"]]
     jobs = max(1, usable_threads() // CORES_PER_BUILD)
-    with builders(jobs) as pool:
+    with ThreadPoolExecutor(jobs) as pool:
         building = []
         for model, component in missing:
-            source, folder = (
-                model_71m(out / "71m") if model == "71m" else resolve_source(model),
-                out / "engines" / model,
-            )
-            threads = usable_threads() // jobs
-            rows = build_rows(source, component, device, folder, pool, threads)
+            source = model_71m(out / "71m") if model == "71m" else resolve_source(model)
+            folder = out / "engines" / model
+            rows = build_rows(source, component, device, folder, pool, usable_threads() // jobs)
             building.append((f"{component} of {model}", component, folder / f"{component}.safetensors", rows))
         built = [(key, name, probes, [future.result() for future in rows]) for key, name, probes, rows in building]
     for key, component, probes, rows in built:  # when nothing else runs any more
