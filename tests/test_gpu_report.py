@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -93,11 +94,13 @@ def test_what_is_not_installed_is_not_tried(command: ModuleType, tmp_path: Path)
     assert (made["status"], made["reason"]) == ("not measured", "torch-tensorrt is not installed")
 
 
-def test_a_crash_is_a_row(command: ModuleType) -> None:
+def test_a_crash_is_a_row(command: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     empty = command.row("fp16-aoti-cuda", "fp16", "aoti")
     assert command.isolated(empty, dict, ({"status": "ok"},)) == {"status": "ok"}
     crashed = command.isolated(empty, os._exit, (7,))
     assert crashed == {**empty, "status": "failed", "reason": "its process ended with code 7"}
+    monkeypatch.setattr(command, "BUILD_LIMIT_S", 0.01)
+    assert command.isolated(empty, time.sleep, (600,))["reason"] == "not built within 0.01 s"
 
 
 def command_source() -> Path:
