@@ -93,7 +93,7 @@ def test_version(ldm_deploy_cli: Cli) -> None:
         (["optimize", "reference", "--out", "b", "--target", "onnxruntime"], "did you mean 'onnxruntime-cpu'?"),
         (["export", "reference", "--out", "b", "--component", "u"], "component 'u' is unknown; allowed: text_encoder"),
         (["export", "reference", "--out", "b", "--precision", "int7"], "precision 'int7' is unknown"),
-        (["distill", "reference", "--recipe", "stepz", "--out", "d"], "recipe 'stepz' is unknown; did you mean 'steps'"),
+        (["distill", "reference", "--recipe", "stepz", "--out", "d"], "did you mean 'steps'"),
         (["distill", "reference", "--recipe", "prune", "--out", "d", "--method", "consistency"], "for --recipe steps"),
     ],
 )
