@@ -114,7 +114,8 @@ def show_bundle(bundle: Path) -> dict[str, Any]:
     print("variants" if data["variants"] else "no variant: components only")
     for variant in data["variants"]:
         default = "  (default)" if variant["name"] == data["default_variant"] else ""
-        drawing = f"{variant['sampler']}, {variant['steps']} steps, guidance {variant['guidance_scale']:g}"
+        count = "1 step" if variant["steps"] == 1 else f"{variant['steps']} steps"
+        drawing = f"{variant['sampler']}, {count}, guidance {variant['guidance_scale']:g}"
         print(f"  {variant['name']:32} {drawing}{default}")
     print("engines")
     for engine in data["engines"]:

@@ -1,7 +1,7 @@
 """Consistency distillation: the student's function, the teacher's step along the ODE, and the loss between them.
 
-Song et al. 2023, arXiv:2303.01469; in latent space with guidance, Luo et al. 2023, arXiv:2310.04378. Tensors are float32
-(batch, channels, h, w), timesteps int64 (batch). Timestep 0 stands for "no noise is left", where samplers end.
+Song et al. 2023, arXiv:2303.01469; in latent space with guidance, Luo et al. 2023, arXiv:2310.04378. Tensors are
+float32 (batch, channels, h, w), timesteps int64 (batch). Timestep 0 stands for "no noise is left", where samplers end.
 """
 
 from __future__ import annotations

@@ -19,11 +19,8 @@ if TYPE_CHECKING:
 
     from ldm_deploy.models.reference import Reference
     from ldm_deploy.training.loop import Preview
-    from ldm_deploy.training.student import Material
 
 SAMPLERS = {"consistency": "lcm", "progressive": "ddim"}
-# Latents have a standard deviation of 1. A student further than this from what it should say is not learning.
-FARTHEST = 8.0
 PROMPTS_SHOWN = 16
 STEPS_SHOWN = 4
 
@@ -53,12 +50,15 @@ def distill_steps(
     from ldm_deploy.models.sources import source_digest
     from ldm_deploy.training.conditioning import Conditioning
     from ldm_deploy.training.data import load_images
+    from ldm_deploy.training.distill_consistency import train_consistency
+    from ldm_deploy.training.distill_progressive import stage_names, train_progressive
     from ldm_deploy.training.processes import processes
     from ldm_deploy.training.student import make_material, student_unet
     from ldm_deploy.training.train import summarise_log
 
     if config is None:
         config = "gpu" if torch.cuda.is_available() else "cpu"
+        config += "-progressive" if method == "progressive" else ""
     name = "custom" if isinstance(config, StepsConfig) else str(config)
     resolved = config if isinstance(config, StepsConfig) else load_steps_config(config)
     if method is not None:
@@ -100,7 +100,11 @@ def distill_steps(
     )
     shown = chosen.texts[:: max(1, len(chosen.texts) // PROMPTS_SHOWN)][:PROMPTS_SHOWN]
     preview = _preview(source, described, shown, directory / "previews")
-    weights = train_consistency(source, unet, material, resolved, directory, key, resume=resume, preview=preview)
+    train_unet = train_consistency if resolved.method == "consistency" else train_progressive
+    weights = train_unet(source, unet, material, resolved, directory, key, resume=resume, preview=preview)
+    logs = {"distillation": "consistency"}
+    if resolved.method == "progressive":
+        logs = {name.removeprefix("progressive-"): name for name, _ in stage_names(resolved)}
 
     record: dict[str, Any] = {
         "command": _command(teacher, data, out, name, method, init_from),
@@ -113,7 +117,7 @@ def distill_steps(
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "device": "cpu" if team.device.type == "cpu" else torch.cuda.get_device_name(team.device),
-        "stages": {"distillation": summarise_log(directory / f"{resolved.method}.jsonl")},
+        "stages": {stage: summarise_log(directory / f"{log}.jsonl") for stage, log in logs.items()},
         "config": resolved.to_dict(),
     }
     if init_from is not None:
@@ -135,7 +139,7 @@ def check_teacher(teacher: Reference, config: StepsConfig) -> None:
         )
     if not config.has_guidance:
         return
-    remedy = "train it with caption_dropout = 0.1, or set guidance_min = 1 and guidance_max = 1 to distil it without guidance"
+    remedy = "train it with caption_dropout = 0.1, or set guidance_min = guidance_max = 1 to distil without guidance"
     if teacher.model.get("conditioning", "captions") == "none":
         raise TrainingError(f"{teacher.directory} has no captions, so there is nothing to guide it with; {remedy}")
     path = teacher.directory / "training.json"
@@ -143,7 +147,8 @@ def check_teacher(teacher: Reference, config: StepsConfig) -> None:
         dropout = json.loads(path.read_text(encoding="utf-8"))["config"]["caption_dropout"]
     except (OSError, ValueError, KeyError, TypeError):
         raise TrainingError(
-            f"{path} does not say whether the teacher was trained for guidance (caption_dropout); restore it, or {remedy}"
+            f"{path} does not say whether the teacher was trained for guidance (caption_dropout); restore it, or "
+            + remedy
         ) from None
     if not dropout:
         raise TrainingError(
@@ -207,86 +212,8 @@ def describe_student(
     }
 
 
-def train_consistency(
-    teacher: Reference,
-    unet: nn.Module,
-    material: Material,
-    config: StepsConfig,
-    directory: Path,
-    fingerprint: str,
-    *,
-    resume: bool,
-    preview: Preview | None = None,
-) -> dict[str, Tensor]:
-    """Latent consistency distillation (Luo et al. 2023, arXiv:2310.04378, algorithm 1) of `teacher` into `unet`.
-
-    Returns the averaged weights of the student's U-Net, adapters merged. Raises `TrainingError` where they are the
-    teacher's still.
-    """
-    import torch
-
-    from ldm_deploy.training.consistency import Levels, consistency_loss, solver_grid
-    from ldm_deploy.training.loop import run_stage
-    from ldm_deploy.training.lora import add_lora, merged_state
-    from ldm_deploy.training.processes import processes
-    from ldm_deploy.training.student import Student, guided_teacher, plain
-
-    stage, device = config.training, processes().device
-    if config.lora_rank:
-        unet.requires_grad_(False)
-        add_lora(unet, config.lora_rank)
-        if config.has_guidance:
-            unet.guidance_embedding.requires_grad_(True)
-    student = Student(unet).to(device).to(memory_format=torch.channels_last)
-    source = teacher.unet.to(device).to(memory_format=torch.channels_last)
-    levels = Levels.of(teacher.schedule, device)
-    grid = torch.from_numpy(solver_grid(teacher.schedule, config.solver_steps)).to(device)
-    span = (config.guidance_min, config.guidance_max)
-
-    def loss(step: int, rows: slice) -> tuple[Tensor, Mapping[str, float | Tensor]]:
-        batch = material.draw(config.seed, "consistency", step, stage.batch_size, rows, span)
-        at = (batch.place * config.solver_steps).long()
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.autocast_bf16):
-            tutor = (
-                guided_teacher(source, batch, material.empty) if config.has_guidance else plain(source, batch, False)
-            )
-            each = consistency_loss(
-                plain(student.unet, batch, config.has_guidance), plain(student.target, batch, config.has_guidance),
-                tutor, batch.latent, batch.noise, grid[at], grid[at + 1], levels, config.huber_c,
-            )  # fmt: skip
-        return each.mean(), {}
-
-    def follow(step: int) -> Mapping[str, float]:
-        student.follow(config.target_decay)
-        return {}
-
-    start = {name: value.detach().clone() for name, value in student.named_parameters() if value.requires_grad}
-    averages = run_stage(
-        config.method, student, loss, stage, directory, fingerprint, resume=resume, preview=preview, after_step=follow,
-        loss_limit=FARTHEST,
-    )  # fmt: skip
-    check_moved(start, averages)
-    with torch.no_grad():
-        for name, parameter in student.named_parameters():
-            parameter.copy_(averages[name])
-    return {name: value.cpu() for name, value in merged_state(student.unet).items()}
-
-
-def check_moved(start: Mapping[str, Tensor], averages: Mapping[str, Tensor]) -> None:
-    """Raises `TrainingError` for averages that are what they started as: the student would be the teacher."""
-    if all(bool((averages[name] == value).all()) for name, value in start.items()):
-        raise TrainingError(
-            "the average of the student's weights never left its start, so that the student is the teacher; "
-            "raise training.learning_rate or lower training.ema_decay"
-        )
-    if not all(math.isfinite(float(value.sum())) for value in averages.values()):
-        raise TrainingError("the average of the student's weights is not finite; lower training.learning_rate")
-
-
 def _preview(teacher: Reference, described: Mapping[str, Any], prompts: list[str], directory: Path) -> Preview:
     """A grid of images that the averaged student draws in few steps."""
-    from torch import nn
-
     from ldm_deploy.diffusion.schedule import Schedule
     from ldm_deploy.models.components import VaeDecoder, signatures_of
     from ldm_deploy.models.torch_engine import TorchEngine
@@ -339,10 +266,7 @@ def _what_matters(config: StepsConfig) -> dict[str, Any]:
     """What may not change between two sittings. A run that diverged goes on with another learning rate or precision."""
     free = ("checkpoint_every", "preview_every", "gradient_checkpointing", "learning_rate", "clip_norm")
     training = {name: value for name, value in asdict(config.training).items() if name not in free}
-    return {
-        **{name: value for name, value in config.to_dict().items() if name != "autocast_bf16"},
-        "training": training,
-    }
+    return {**asdict(config), "autocast_bf16": None, "training": training}
 
 
 def _command(

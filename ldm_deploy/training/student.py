@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ldm_deploy.errors import TrainingError
 from ldm_deploy.models.reference import Reference
 from ldm_deploy.models.unet import UNet
 from ldm_deploy.training.consistency import Predict, guided
@@ -26,6 +28,7 @@ class Student(nn.Module):
     def __init__(self, unet: nn.Module) -> None:
         super().__init__()
         self.unet = unet
+        self._pairs: list[tuple[Tensor, Tensor]] = []
         self.target = copy.deepcopy(unet)
         for module in self.target.modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
@@ -35,10 +38,12 @@ class Student(nn.Module):
     @torch.no_grad()
     def follow(self, decay: float) -> None:
         """Move the target towards the U-Net (Song et al. 2023, arXiv:2303.01469, eq. 8)."""
-        own = dict(self.target.named_buffers())
-        names = [name for name, parameter in self.unet.named_parameters() if parameter.requires_grad]
-        parameters = dict(self.unet.named_parameters())
-        torch._foreach_lerp_([own[name] for name in names], [parameters[name].detach() for name in names], 1 - decay)
+        if not self._pairs:  # found once: walking through the modules takes a GPU's time at every step
+            own = dict(self.target.named_buffers())
+            learning = [(name, value) for name, value in self.unet.named_parameters() if value.requires_grad]
+            self._pairs = [(own[name], value.detach()) for name, value in learning]
+        targets, values = ([pair[side] for pair in self._pairs] for side in (0, 1))
+        torch._foreach_lerp_(targets, values, 1 - decay)
 
 
 @dataclass(frozen=True)
@@ -115,3 +120,14 @@ def student_unet(described: Mapping[str, Any], start: nn.Module) -> UNet:
     if unexpected or any(not name.startswith("guidance_embedding.") for name in missing):
         raise ValueError(f"weights do not fit: {[*missing, *unexpected][0]}")
     return cast("UNet", unet.train())
+
+
+def check_moved(start: Mapping[str, Tensor], averages: Mapping[str, Tensor]) -> None:
+    """Raises `TrainingError` for averages that are what they started as: the student would be the teacher."""
+    if all(bool((averages[name] == value).all()) for name, value in start.items()):
+        raise TrainingError(
+            "the average of the student's weights never left its start, so that the student is the teacher; "
+            "raise training.learning_rate or lower training.ema_decay"
+        )
+    if not all(math.isfinite(float(value.sum())) for value in averages.values()):
+        raise TrainingError("the average of the student's weights is not finite; lower training.learning_rate")

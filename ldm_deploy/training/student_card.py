@@ -42,8 +42,9 @@ def student_card(model: Mapping[str, Any], record: Mapping[str, Any]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for stage, summary in record["stages"].items():
+        what = f"to {stage} steps" if stage.isdigit() else stage
         lines.append(
-            f"| {stage} | {summary['steps']} | {training['batch_size']} | {training['learning_rate']:g} "
+            f"| {what} | {summary['steps']} | {training['batch_size']} | {training['learning_rate']:g} "
             f"| {summary['minutes']} | {summary['final_loss']:.4f} |"
         )
     return "\n".join(lines) + "\n"
