@@ -81,11 +81,14 @@ def read_model(path: Path) -> dict[str, Any]:
 def model_files(path: Path) -> list[str]:
     """The files a reference is made of, the model card left out, and those that model.json says it shares with another
     one, whose digests it holds. Raises `ArtifactError` if one is missing."""
-    shared = read_model(path).get("shared", {}) if (path / "model.json").is_file() else {}
-    missing = [name for name in MODEL_FILES if name not in shared and not (path / name).is_file()]
+    there = [name for name in MODEL_FILES if (path / name).is_file()]
+    missing = [name for name in MODEL_FILES if name not in there]
+    if missing and missing[0] != "model.json":
+        shared = read_model(path).get("shared", {})
+        missing = [name for name in missing if name not in shared]
     if missing:
         raise ArtifactError(f"reference {path} has no {missing[0]}; restore the directory")
-    return sorted(set(MODEL_FILES) - set(shared))
+    return sorted(there)
 
 
 def build_modules(model: Mapping[str, Any]) -> dict[str, nn.Module]:

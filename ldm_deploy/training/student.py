@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -119,7 +119,7 @@ def student_unet(described: Mapping[str, Any], start: nn.Module) -> UNet:
     missing, unexpected = unet.load_state_dict(start.state_dict(), strict=False)
     if unexpected or any(not name.startswith("guidance_embedding.") for name in missing):
         raise ValueError(f"weights do not fit: {[*missing, *unexpected][0]}")
-    return cast("UNet", unet.train())
+    return unet.train()
 
 
 def check_moved(start: Mapping[str, Tensor], averages: Mapping[str, Tensor]) -> None:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -157,6 +161,28 @@ def test_the_batch_does_not_depend_on_how_it_is_cut(teacher, tmp_path):
     one, two = weights(tmp_path / "1"), weights(tmp_path / "2")
     for name, value in one.items():
         torch.testing.assert_close(value, two[name], rtol=0, atol=2e-3)
+
+
+def test_two_processes_make_the_student_that_one_makes(teacher, tmp_path, root):
+    """Started as torchrun does; the gradients are those of the same batch."""
+    config = tmp_path / "own.toml"
+    config.write_text('preset = "tiny"\n[training]\nbatch_size = 4\nlearning_rate = 0.001\nwarmup_steps = 1\n')
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+
+    def start(out, **place):
+        words = ("-m", "ldm_deploy", "distill", teacher, "--recipe", "steps", "--config", config, "--data", "photos")
+        command = [sys.executable, *map(str, words), "--out", str(tmp_path / out), "--threads", "1", "--quiet"]
+        return subprocess.Popen(command, env={**os.environ, **place}, cwd=root)
+
+    place = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    pair = [start("pair", RANK=rank, LOCAL_RANK=rank, **place) for rank in ("0", "1")]
+    single = start("single")
+    assert [process.wait(200) for process in (*pair, single)] == [0, 0, 0]
+    one, two = weights(tmp_path / "single"), weights(tmp_path / "pair")
+    for name, value in one.items():
+        torch.testing.assert_close(value, two[name], rtol=0, atol=2e-3)  # stored as fp16
 
 
 def test_the_target_is_an_average_that_nothing_trains(teacher):
