@@ -7,6 +7,7 @@ import difflib
 import itertools
 import math
 import tomllib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -273,19 +274,28 @@ def load_config(source: str | Path) -> Config:
 
     Raises `ConfigError` for an unknown preset, a file that does not parse, an unknown key or a value out of range.
     """
-    if str(source) in PRESETS:
-        return PRESETS[str(source)]
+    found: Config = read_preset(source, PRESETS, "reference")
+    return found
+
+
+def read_preset(source: str | Path, presets: Mapping[str, Any], default: str) -> Any:
+    """One of `presets`, frozen dataclasses, by its name, or a TOML file that changes one (`default` if it names none).
+
+    Raises `ConfigError` as `load_config`.
+    """
+    if str(source) in presets:
+        return presets[str(source)]
     path = Path(source)
     if not path.is_file():
-        raise ConfigError(f"configuration {str(source)!r} is no file and no preset; presets: {', '.join(PRESETS)}")
+        raise ConfigError(f"configuration {str(source)!r} is no file and no preset; presets: {', '.join(presets)}")
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"configuration {path} is no valid TOML: {error}") from None
-    preset = values.pop("preset", "reference")
-    if preset not in PRESETS:
-        raise ConfigError(f"configuration {path}: preset is {preset!r}; allowed: {', '.join(PRESETS)}")
-    return _replace(PRESETS[preset], values, f"configuration {path}")
+    preset = values.pop("preset", default)
+    if preset not in presets:
+        raise ConfigError(f"configuration {path}: preset is {preset!r}; allowed: {', '.join(presets)}")
+    return _replace(presets[preset], values, f"configuration {path}")
 
 
 def _replace(config: Any, values: dict[str, Any], where: str) -> Any:

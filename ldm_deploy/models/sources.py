@@ -95,4 +95,10 @@ def weight_files(path: Path) -> list[Path]:
         from ldm_deploy.models.from_diffusers import checkpoint_files
 
         return [path / name for name in checkpoint_files(path) if name.endswith(".safetensors")]
-    return sorted(path.glob("*.safetensors"))
+    from ldm_deploy.models.reference import WEIGHTS, read_model
+    from ldm_deploy.models.shared_files import place_of
+
+    own = sorted(path.glob("*.safetensors"))
+    shared = {f"{name}.safetensors" for name in WEIGHTS} - {file.name for file in own}
+    model = read_model(path) if shared else {}
+    return [*own, *(place_of(path, model, name) for name in sorted(shared & set(model.get("shared", {}))))]

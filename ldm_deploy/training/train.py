@@ -145,7 +145,7 @@ def train(
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "device": "cpu" if team.device.type == "cpu" else torch.cuda.get_device_name(team.device),
-        "stages": {stage: _summary(directory / f"{stage}.jsonl") for stage in stages},
+        "stages": {stage: summarise_log(directory / f"{stage}.jsonl") for stage in stages},
         "config": resolved.to_dict(),
     }
     if initial is not None:
@@ -227,7 +227,7 @@ def _command(config: str | Path | Config, data: str | Path, out: Path, init_from
     return shlex.join(["ldm-deploy", "train", name, "--data", str(shown), "--out", out.name, *start])
 
 
-def _summary(log: Path) -> dict[str, Any]:
+def summarise_log(log: Path) -> dict[str, Any]:
     """Steps, time and last losses of a stage, from its log; the time of a resumed run is summed over its sittings."""
     lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     seconds = sum(
