@@ -7,6 +7,7 @@ import difflib
 import itertools
 import math
 import tomllib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,20 @@ class StageConfig:
     def resolution(self, step: int, final: int) -> int:
         """Height and width in pixels at `step`; `final` after the last growth."""
         return next((size for size, end in zip(self.resolutions, self.grow_at, strict=True) if step < end), final)
+
+    def check(self, name: str) -> None:
+        """Raises `ConfigError` in the words of the section `name`."""
+        for key in ("steps", "batch_size", "checkpoint_every", "accumulation"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"{name}.{key} is {getattr(self, key)}; give 1 or more")
+        if self.accumulation > self.batch_size:
+            raise ConfigError(
+                f"{name}.accumulation is {self.accumulation}; "
+                f"a batch of {self.batch_size} has no more parts than images"
+            )
+        bounds = (0, *self.restarts, self.steps)
+        if any(later <= earlier for earlier, later in itertools.pairwise(bounds)):
+            raise ConfigError(f"{name}.restarts is {list(bounds[1:-1])}; give rising steps between 0 and {bounds[-1]}")
 
     def check_growth(self, name: str, final: int, multiple: int) -> None:
         """Raises `ConfigError` in the words of the section `name`; `final` and `multiple` in pixels."""
@@ -237,17 +252,7 @@ class Config:
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; allowed: 0 to 1")
         for stage in ("autoencoder_training", "diffusion_training"):
-            for name in ("steps", "batch_size", "checkpoint_every", "accumulation"):
-                if getattr(getattr(self, stage), name) < 1:
-                    raise ConfigError(f"{stage}.{name} is {getattr(getattr(self, stage), name)}; give 1 or more")
-            batch, parts = getattr(self, stage).batch_size, getattr(self, stage).accumulation
-            if parts > batch:
-                raise ConfigError(f"{stage}.accumulation is {parts}; a batch of {batch} has no more parts than images")
-            bounds = (0, *getattr(self, stage).restarts, getattr(self, stage).steps)
-            if any(later <= earlier for earlier, later in itertools.pairwise(bounds)):
-                raise ConfigError(
-                    f"{stage}.restarts is {list(bounds[1:-1])}; give rising steps between 0 and {bounds[-1]}"
-                )
+            getattr(self, stage).check(stage)
         self.autoencoder_training.check_growth("autoencoder_training", self.resolution, self.autoencoder.downsampling)
         self.diffusion_training.check_growth("diffusion_training", self.resolution, self.size_multiple)
 
@@ -273,19 +278,28 @@ def load_config(source: str | Path) -> Config:
 
     Raises `ConfigError` for an unknown preset, a file that does not parse, an unknown key or a value out of range.
     """
-    if str(source) in PRESETS:
-        return PRESETS[str(source)]
+    found: Config = read_preset(source, PRESETS, "reference")
+    return found
+
+
+def read_preset(source: str | Path, presets: Mapping[str, Any], default: str) -> Any:
+    """One of `presets`, frozen dataclasses, by its name, or a TOML file that changes one (`default` if it names none).
+
+    Raises `ConfigError` as `load_config`.
+    """
+    if str(source) in presets:
+        return presets[str(source)]
     path = Path(source)
     if not path.is_file():
-        raise ConfigError(f"configuration {str(source)!r} is no file and no preset; presets: {', '.join(PRESETS)}")
+        raise ConfigError(f"configuration {str(source)!r} is no file and no preset; presets: {', '.join(presets)}")
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"configuration {path} is no valid TOML: {error}") from None
-    preset = values.pop("preset", "reference")
-    if preset not in PRESETS:
-        raise ConfigError(f"configuration {path}: preset is {preset!r}; allowed: {', '.join(PRESETS)}")
-    return _replace(PRESETS[preset], values, f"configuration {path}")
+    preset = values.pop("preset", default)
+    if preset not in presets:
+        raise ConfigError(f"configuration {path}: preset is {preset!r}; allowed: {', '.join(presets)}")
+    return _replace(presets[preset], values, f"configuration {path}")
 
 
 def _replace(config: Any, values: dict[str, Any], where: str) -> Any:

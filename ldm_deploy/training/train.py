@@ -145,7 +145,7 @@ def train(
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "device": "cpu" if team.device.type == "cpu" else torch.cuda.get_device_name(team.device),
-        "stages": {stage: _summary(directory / f"{stage}.jsonl") for stage in stages},
+        "stages": {stage: summarise_log(directory / f"{stage}.jsonl") for stage in stages},
         "config": resolved.to_dict(),
     }
     if initial is not None:
@@ -211,6 +211,11 @@ def _what_matters(stage: StageConfig) -> dict[str, Any]:
 
 
 def _check_autoencoder(found: Mapping[str, Any], config: Config, init_from: str | Path | None) -> None:
+    if found.get("small_encoder") or found.get("small_decoder"):
+        raise TrainingError(
+            f"{init_from} has a distilled encoder or decoder, which is not trained further; "
+            "give the reference that it was distilled from"
+        )
     values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
     theirs = AutoencoderConfig(**values)
     if theirs != config.autoencoder:
@@ -227,7 +232,7 @@ def _command(config: str | Path | Config, data: str | Path, out: Path, init_from
     return shlex.join(["ldm-deploy", "train", name, "--data", str(shown), "--out", out.name, *start])
 
 
-def _summary(log: Path) -> dict[str, Any]:
+def summarise_log(log: Path) -> dict[str, Any]:
     """Steps, time and last losses of a stage, from its log; the time of a resumed run is summed over its sittings."""
     lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     seconds = sum(
