@@ -12,8 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ldm_deploy.config import PRESETS, AutoencoderConfig, AutoencoderLossConfig, ObjectiveConfig
 from ldm_deploy.models.reference import describe
-from ldm_deploy.training import autoencoder, diffusion
+from ldm_deploy.training import autoencoder, diffusion, distill_decoder
 from ldm_deploy.training.data import ImageSet
+from ldm_deploy.training.decoder_config import PRESETS as DECODERS
 from ldm_deploy.training.processes import Processes
 
 CUDA = Processes(device=torch.device("cuda", 0))
@@ -33,7 +34,7 @@ def gpu(monkeypatch):
 
     monkeypatch.setattr(nn.Module, "_apply", apply)
     monkeypatch.setattr(torch.Tensor, "item", lambda self: 0.5)
-    for module in (autoencoder, diffusion):
+    for module in (autoencoder, diffusion, distill_decoder):
         monkeypatch.setattr(module, "processes", lambda: CUDA)
     with FakeTensorMode():
         yield
@@ -52,10 +53,16 @@ def step(module, name, monkeypatch, train):
         return model.state_dict()
 
     monkeypatch.setattr(module, "run_stage", once)
-    monkeypatch.setattr(autoencoder, "adaptive_weight", lambda rebuilt, fooled, *rest: rebuilt / fooled)
+    for place in (autoencoder, distill_decoder):
+        monkeypatch.setattr(place, "adaptive_weight", lambda rebuilt, fooled, *rest: rebuilt / fooled)
     monkeypatch.setattr(nn.Module, "load_state_dict", lambda self, state: None)
     model = train()
     assert {value.device.type for value in model.parameters()} == {"cpu"}  # what is written to disk
+
+
+def black_images():
+    none = np.zeros(4, bool)
+    return ImageSet(np.zeros((4, 32, 32, 3), np.uint8), [""] * 4, [""] * 4, none, none, "", [""] * 4)
 
 
 AUTOENCODERS = {
@@ -77,8 +84,7 @@ def test_a_step_of_the_autoencoder_is_on_the_gpu(gpu, monkeypatch, tmp_path, kin
     config = dataclasses.replace(
         PRESETS["tiny"], autoencoder=model, autoencoder_loss=loss, photo_fraction=0.0, unet=unet, autocast_bf16=False
     )
-    none = np.zeros(4, bool)
-    data = ImageSet(np.zeros((4, 32, 32, 3), np.uint8), [""] * 4, [""] * 4, none, none, "", [""] * 4)
+    data = black_images()
     step(
         autoencoder, "autoencoder", monkeypatch,
         lambda: autoencoder.train_autoencoder(config, data, tmp_path, "", resume=False),
@@ -103,3 +109,28 @@ def test_a_step_of_the_denoiser_is_on_the_gpu(gpu, monkeypatch, tmp_path):
         )
 
     step(diffusion, "diffusion", monkeypatch, train)
+
+
+@pytest.mark.parametrize("kind", AUTOENCODERS)
+def test_a_step_of_the_small_decoder_is_on_the_gpu(gpu, monkeypatch, tmp_path, kind):
+    full, _ = AUTOENCODERS[kind]
+    small = {"widths": (8,), "blocks": (1,)}
+    described = {
+        **dataclasses.asdict(full), "small_encoder": small, "small_decoder": {**small, "scale": 0.7}
+    }  # fmt: skip
+    model = {"autoencoder": described, "scale_factor": 0.7, "latent_channels": 4, "downsampling": 2}
+    config = dataclasses.replace(
+        DECODERS["tiny"], **small, encoder=True, perceptual_weight=0.1, gan_weight=0.1, disc_layers=1, disc_channels=8,
+        photo_fraction=0.0,
+    )  # fmt: skip
+    teacher = autoencoder.Autoencoder(**dataclasses.asdict(full)).requires_grad_(False)
+
+    def perceptual(one, other):
+        return (one - other).square().mean((1, 2, 3))
+
+    step(
+        distill_decoder, "decoder", monkeypatch,
+        lambda: distill_decoder.train_decoder(
+            config, teacher, model, black_images(), tmp_path, "", resume=False, perceptual=perceptual
+        ),
+    )  # fmt: skip
