@@ -71,7 +71,7 @@ def component_feeds(component: str, probes: Sequence[Probe]) -> dict[str, np.nda
     """
     feeds = dict(probes[0].inputs)
     batch = next(iter(feeds.values())).shape[0]
-    if component == "unet" and batch == 1:
+    if component == "unet" and batch == 1 and "guidance_scale" not in feeds:  # a student is told the guidance instead
         feeds = {name: np.concatenate([value, value]) for name, value in feeds.items()}
     return feeds
 

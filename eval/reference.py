@@ -68,7 +68,7 @@ def score_reference(
         "held_out": reconstruct_held_out(pipeline, images),
         "photographs": reconstruct_photographs(pipeline),
         "retrieval": {**retrieve(samples, images, grid), **_sampling(pipeline, steps, guidance)},
-        "retrieval_without_guidance": None if guidance == 1 else {
+        "retrieval_without_guidance": None if guidance == 1 or "distilled" in reference.model else {
             **retrieve(draw(pipeline, grid, steps, 1.0), images, grid), **_sampling(pipeline, steps, 1.0)
         },
         "prompts": list(grid.prompts),

@@ -269,10 +269,12 @@ def describe_engine(
 
 def value_ranges(model: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
     """Closed intervals of the inputs and outputs that have one."""
+    low, high = model.get("distilled", {}).get("guidance_range") or (0, 0)
     return {
         "input_ids": (0, model["text_encoder"]["vocab_size"] - 1),
         "timestep": (0, model["schedule"]["num_train_timesteps"] - 1),
         "image": (-1, 1),
+        **({"guidance_scale": (low, high)} if low < high else {}),
     }
 
 
@@ -295,6 +297,6 @@ def describe_model(model: Source) -> dict[str, Any]:
     """What bundle.json says of the model."""
     kept = (
         "kind", "downsampling", "latent_channels", "scale_factor", "default_size", "size_multiple", "context_length",
-        "license", "conditioning", "prompts",
+        "license", "conditioning", "prompts", "distilled",
     )  # fmt: skip
     return {key: model.model[key] for key in kept if key in model.model}

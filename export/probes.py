@@ -7,7 +7,7 @@ decoder; batch sizes, resolutions and caption lengths differ from probe to probe
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -50,21 +50,11 @@ def make_probes(
     model = source.model
     recorders = {name: Recorder(engine) for name, engine in torch_engines(source, threads).items()}
     tokenizer = Tokenizer(source.tokenizer_text(), model["context_length"])
-    pipeline = Pipeline(recorders, tokenizer, model, source.schedule, {**model["sampling"], "sampler": "ddim"})
+    sampler = model["distilled"]["sampler"] if "distilled" in model else "ddim"
+    pipeline = Pipeline(recorders, tokenizer, model, source.schedule, {**model["sampling"], "sampler": sampler})
     wanted = list(recorders) if components is None else list(components)
     probes: dict[str, list[Probe]] = {name: [] for name in wanted}
-    unit = model["size_multiple"]
-    guidance = model["sampling"]["guidance_scale"]
-    height, width = model["default_size"]
-    known = model.get("prompts", {}).get("report") or CAPTIONS
-    texts = [known[index % len(known)] for index in range(3)]
-    # captions, (height, width), guidance, steps: U-Net batches of 1, 2 and 3
-    runs = (
-        (texts[:1], (height, width), 1.0, 2),
-        (texts[: 2 if guidance == 1 else 1], (2 * unit, 3 * unit), guidance, STEPS),
-        (texts, (3 * unit, 2 * unit), 1.0, STEPS),
-    )
-    for captions, size, scale, steps in runs:
+    for captions, size, scale, steps in _runs(model):
         seeds = [seed + index for index in range(len(captions))]
         latents = pipeline.sample_latents(captions, seed=seeds, steps=steps, guidance_scale=scale, size=size)
         if "vae_decoder" in wanted or "vae_encoder" in wanted:
@@ -73,9 +63,10 @@ def make_probes(
         if "unet" in wanted:
             # The start (pure noise) and one step on the way; then two timesteps in one batch, as a server would ask.
             steps_taken = calls["unet"]
-            probes["unet"] += [steps_taken[0], steps_taken[max(1, len(steps_taken) - 2)]]
+            later = steps_taken[1:] or steps_taken  # a student may know one step only
+            probes["unet"] += [steps_taken[0], later[max(0, len(later) - 2)]]
             if scale != 1.0:
-                probes["unet"].append(_again(recorders["unet"], _joined(steps_taken[1], steps_taken[-1])))
+                probes["unet"].append(_again(recorders["unet"], _joined(later[0], later[-1])))
         for name in ("text_encoder", "vae_encoder", "vae_decoder"):
             if name in wanted:
                 probes[name] += calls[name][-1:]
@@ -89,6 +80,27 @@ def make_probes(
                 _again(recorders[name], {**last, key: np.ascontiguousarray(last[key][:, : last[key].shape[1] // 2])})
             )
     return probes
+
+
+def _runs(model: Mapping[str, Any]) -> list[tuple[list[str], tuple[int, int], float, int]]:
+    """(captions, (height, width), guidance, steps) of each trajectory: U-Net batches of 1, 2 and 3."""
+    unit = model["size_multiple"]
+    height, width = model["default_size"]
+    known = model.get("prompts", {}).get("report") or CAPTIONS
+    texts = [known[index % len(known)] for index in range(3)]
+    guidance = model["sampling"]["guidance_scale"]
+    scales, steps = (1.0, guidance, 1.0), (2, STEPS)
+    if "distilled" in model:
+        low, high = model["distilled"]["guidance_range"] or (1.0, 1.0)
+        scales = (low, guidance, high)
+        allowed = model["distilled"]["steps"]
+        steps = (allowed[0], max((count for count in allowed if count <= STEPS), default=allowed[0]))
+    doubled = guidance != 1 and "distilled" not in model  # with guidance both predictions are asked for at once
+    return [
+        (texts[:1], (height, width), scales[0], steps[0]),
+        (texts[: 1 if doubled else 2], (2 * unit, 3 * unit), scales[1], steps[1]),
+        (texts, (3 * unit, 2 * unit), scales[2], steps[1]),
+    ]
 
 
 def _joined(first: Probe, second: Probe) -> Arrays:

@@ -35,6 +35,7 @@ def component_axes(component: str, downsampling: int, signature: Signature) -> t
         "text_embeds": {0: "batch"},
         "sample": sample,
         "timestep": {0: "batch"},
+        "guidance_scale": {0: "batch"},
         "prediction": sample,
         "image": image,
         "latent_mean": latent,

@@ -81,6 +81,11 @@ def _export(
     from ldm_deploy.runtime.request import check_steps
 
     model = load_source(source)
+    if "distilled" in model.model:
+        raise StageMissingError(
+            f"component pipeline is not built for {source}, a student of few steps; export its components, "
+            "without --component"
+        )
     sampling = {**model.model["sampling"]}
     sampling["sampler"] = sampling["sampler"] if sampler is None else sampler
     sampling["steps"] = check_steps(sampling["steps"] if steps is None else steps, model.schedule.num_train_timesteps)

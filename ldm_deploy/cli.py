@@ -17,7 +17,7 @@ import typer
 from typer import Argument, Option
 
 from ldm_deploy import commands
-from ldm_deploy.errors import ConfigError, LdmDeployError, StageMissingError
+from ldm_deploy.errors import ConfigError, LdmDeployError
 
 # Every command takes these four.
 Json = Annotated[Path | None, Option("--json", metavar="FILE", help="Write the result as JSON.")]
@@ -34,6 +34,7 @@ Component = Annotated[list[str] | None, Option("--component", metavar="C", help=
 AFTER_CTRL_C = {
     "optimize": "run the same command again to resume",
     "train": "run it again with --resume to go on",
+    "distill": "run it again with --resume to go on",
 }
 
 Result = tuple[dict[str, Any], int]  # what --json writes, and the exit code
@@ -216,10 +217,32 @@ def distill(
     reference: Source,
     recipe: Annotated[str, Option("--recipe", metavar="R", help="steps, decoder or prune.")],
     out: Out,
-    json: Json = None, seed: Seed = 0, threads: Threads = None, quiet: Quiet = False,
+    data: Annotated[str | None, Option("--data", metavar="PATH", help="A folder, a zip or 'photos'.")] = None,
+    config: Annotated[str | None, Option("--config", metavar="C", help="A preset or a TOML file.")] = None,
+    method: Annotated[str | None, Option("--method", metavar="M", help="Of steps: consistency, progressive.")] = None,
+    init_from: Annotated[str | None, Option("--init-from", metavar="DIR", help="Of steps: a pruned student.")] = None,
+    resume: Annotated[bool, Option("--resume", help="Go on where a killed run stopped.")] = False,
+    json: Json = None,
+    seed: Annotated[int | None, Option("--seed", min=0, help="Instead of the configuration's.")] = None,
+    threads: Threads = None, quiet: Quiet = False,
 ) -> Result:  # fmt: skip
-    """Not built yet: fewer steps, a smaller decoder, pruning."""
-    raise StageMissingError("distill is not built yet; there is: train, export, quantize, eval, optimize")
+    """Train a student of a reference: fewer steps, a smaller decoder, or a smaller U-Net."""
+    commands.check_words(recipes=[recipe])
+    images = data or os.environ.get("LDM_DEPLOY_DATA") or "photos"
+    options: dict[str, Any] = {"config": config, "resume": resume, "seed": seed, "threads": threads}
+    if recipe == "steps":
+        run = commands.stage_function("ldm_deploy.training.distill_steps", "distill_steps")
+        return run(reference, images, out, method=method, init_from=init_from, **options), 0
+    if method is not None or init_from is not None:
+        raise ConfigError(f"--method and --init-from are for --recipe steps, not {recipe}; leave them out")
+    if recipe == "decoder":
+        from ldm_deploy.eval.lpips_distance import Lpips
+        from ldm_deploy.eval.reference import measure_reconstruction
+
+        options |= {"measure": measure_reconstruction, "perceptual": lambda backbone: Lpips(backbone).as_loss()}
+    module = {"decoder": "distill_decoder", "prune": "prune"}[recipe]
+    run = commands.stage_function(f"ldm_deploy.training.{module}", module)
+    return run(reference, images, out, **options), 0
 
 
 @command

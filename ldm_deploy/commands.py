@@ -6,10 +6,11 @@ import difflib
 import json
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ldm_deploy.errors import ConfigError
+from ldm_deploy.errors import ConfigError, StageMissingError
 
 TARGETS = (
     "onnxruntime-cpu",
@@ -22,6 +23,7 @@ TARGETS = (
 COMPONENTS = ("text_encoder", "unet", "vae_encoder", "vae_decoder", "pipeline")
 PRECISIONS = ("fp32", "fp16", "bf16")
 LAYOUTS = ("bundle", "optimum")
+RECIPES = ("steps", "decoder", "prune")  # of distillation
 IMAGE_FORMATS = {".png": "PNG", ".bmp": "BMP"}
 
 
@@ -30,6 +32,7 @@ def check_words(
     components: list[str] | None = None,
     precisions: list[str] | None = None,
     layouts: list[str] | None = None,
+    recipes: list[str] | None = None,
 ) -> None:
     """Raises `ConfigError` for a word nobody knows."""
     for kind, given, known in (
@@ -37,6 +40,7 @@ def check_words(
         ("component", components, COMPONENTS),
         ("precision", precisions, PRECISIONS),
         ("layout", layouts, LAYOUTS),
+        ("recipe", recipes, RECIPES),
     ):
         for word in given or ():
             if word not in known:
@@ -48,6 +52,19 @@ def check_words(
 def is_function(source: str) -> bool:
     """Whether a source is `module:function`, one of the user's own."""
     return re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", source) is not None and not Path(source).exists()
+
+
+def stage_function(module: str, name: str) -> Callable[..., Any]:
+    """`name` of `module`, imported now. Raises `StageMissingError` if this version does not have the module."""
+    import importlib
+
+    try:
+        found: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
+        raise StageMissingError(f"{name} is not built yet; `ldm-deploy --help` lists what there is") from None
+    return found
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:
@@ -97,7 +114,8 @@ def show_bundle(bundle: Path) -> dict[str, Any]:
     print("variants" if data["variants"] else "no variant: components only")
     for variant in data["variants"]:
         default = "  (default)" if variant["name"] == data["default_variant"] else ""
-        drawing = f"{variant['sampler']}, {variant['steps']} steps, guidance {variant['guidance_scale']:g}"
+        count = "1 step" if variant["steps"] == 1 else f"{variant['steps']} steps"
+        drawing = f"{variant['sampler']}, {count}, guidance {variant['guidance_scale']:g}"
         print(f"  {variant['name']:32} {drawing}{default}")
     print("engines")
     for engine in data["engines"]:

@@ -197,34 +197,38 @@ def collect(
 ) -> CalibrationSet:
     """Draw seeded trajectories with an fp32 pipeline and keep a stratified choice of what its engines were fed.
 
-    `source`: digest of the model. `prompts`: None takes what the model's training left for this. Memory: at most
+    `source`: digest of the model. `prompts`: None takes what the model's training left for this. `trajectories`: steps
+    and whether guidance is used; a student of few steps is drawn in those that it was distilled for. Memory: at most
     per_stratum x 3 x TIMESTEP_BINS U-Net rows and DECODER_SAMPLES latents, whatever `prompts` and `trajectories` are.
     The same arguments give the same set. `decode` False leaves the decoder out.
     """
     from ldm_deploy.progress import task
 
     prompts = _fitting(pipeline, prompts or pipeline.model.get("prompts", {}).get("calibration", PROMPTS))
+    student, guidance = pipeline.model.get("distilled"), pipeline.guidance_scale
+    walks = [(steps, guidance if guided else 1.0) for steps, guided in trajectories]
+    if student is not None:  # it knows its own steps only, and one kind of call: the guidance is an input
+        low, high = student["guidance_range"] or (1.0, 1.0)
+        walks = [(steps, scale) for steps in student["steps"] for scale in sorted({low, guidance, high})]
+        per_stratum *= 3
     collector = Collector(pipeline.schedule.num_train_timesteps, seed, per_stratum)
     taps = {"unet": Tap(pipeline.components["unet"], collector.offer_unet)}
     if decode:
         taps["vae_decoder"] = Tap(pipeline.components["vae_decoder"], collector.offer_decoder)
     tapped = pipeline.with_engines(taps)
-    guidance = pipeline.guidance_scale
-    with task("collecting calibration data", sum(steps for steps, _ in trajectories)) as advance:
-        for number, (steps, guided) in enumerate(trajectories):
-            collector.guided = guided and guidance != 1.0
+    with task("collecting calibration data", sum(steps for steps, _ in walks)) as advance:
+        for number, (steps, scale) in enumerate(walks):
+            collector.guided = scale != 1.0 and student is None
             seeds = [10_000 + 1000 * seed + 100 * number + index for index in range(len(prompts))]
             draw = tapped if decode else tapped.sample_latents
             draw(
-                list(prompts), seed=seeds, steps=steps, guidance_scale=guidance if guided else 1.0,
+                list(prompts), seed=seeds, steps=steps, guidance_scale=scale,
                 on_step=lambda *_: advance(),
             )  # fmt: skip
     details = {
         "seed": seed,
         "prompts": list(prompts),
-        "trajectories": [
-            {"steps": steps, "guidance_scale": guidance if guided else 1.0} for steps, guided in trajectories
-        ],
+        "trajectories": [{"steps": steps, "guidance_scale": scale} for steps, scale in walks],
     }
     return CalibrationSet(source, collector.arrays(), details)
 

@@ -116,7 +116,7 @@ def _baseline(data: Mapping[str, Any]) -> dict[str, Any] | None:
 def _guided(data: Mapping[str, Any]) -> bool:
     """With guidance the pipeline calls the U-Net on both halves at once."""
     variant = _baseline(data)
-    return variant is not None and variant["guidance_scale"] != 1
+    return variant is not None and variant["guidance_scale"] != 1 and "distilled" not in data["model"]
 
 
 def _calibration(

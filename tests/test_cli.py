@@ -93,6 +93,8 @@ def test_version(ldm_deploy_cli: Cli) -> None:
         (["optimize", "reference", "--out", "b", "--target", "onnxruntime"], "did you mean 'onnxruntime-cpu'?"),
         (["export", "reference", "--out", "b", "--component", "u"], "component 'u' is unknown; allowed: text_encoder"),
         (["export", "reference", "--out", "b", "--precision", "int7"], "precision 'int7' is unknown"),
+        (["distill", "reference", "--recipe", "stepz", "--out", "d"], "did you mean 'steps'"),
+        (["distill", "reference", "--recipe", "prune", "--out", "d", "--method", "consistency"], "for --recipe steps"),
     ],
 )
 def test_wrong_arguments_are_one_line_and_exit_2(ldm_deploy_cli: Cli, arguments: list[str], message: str) -> None:
@@ -106,7 +108,6 @@ def test_wrong_arguments_are_one_line_and_exit_2(ldm_deploy_cli: Cli, arguments:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["distill", "reference", "--recipe", "steps", "--out", "d"], "distill is not built yet; there is: train"),
         (["optimize", "reference", "--out", "b", "--target", "tensorrt-cuda"], "there is: onnxruntime-cpu"),
         (
             ["quantize", "b", "--out", "c", "--target", "openvino-cpu"],

@@ -105,21 +105,29 @@ def dpmsolver_step(
     return math.sqrt((1 - a_next) / (1 - a_t)) * sample - math.sqrt(a_next) * math.expm1(-step_size) * direction
 
 
-# Luo et al. 2023, arXiv:2310.04378, section 4.1 with the released values: c_skip = d^2 / (t^2 + d^2) and
-# c_out = t / sqrt(t^2 + d^2) for the scaled timestep t.
+# The released values of Luo et al. 2023, arXiv:2310.04378, section 4.1.
 LCM_SIGMA_DATA = 0.5
 LCM_TIMESTEP_SCALING = 10.0
+
+
+def consistency_scalings(timestep: np.ndarray | int) -> tuple[np.ndarray, np.ndarray]:
+    """(c_skip, c_out) of the consistency function c_skip x + c_out x_0 at a timestep, float64, shape of `timestep`.
+
+    d^2 / (t^2 + d^2) and t / sqrt(t^2 + d^2) for the scaled timestep t: 1 and 0 at timestep 0, where the function must
+    return what it is given (Song et al. 2023, arXiv:2303.01469, eq. 5; Luo et al. 2023, section 4.1).
+    """
+    scaled = np.asarray(timestep, dtype=np.float64) * LCM_TIMESTEP_SCALING
+    total = scaled**2 + LCM_SIGMA_DATA**2
+    return LCM_SIGMA_DATA**2 / total, scaled / np.sqrt(total)
 
 
 def lcm_step(sample: np.ndarray, original: np.ndarray, timestep: int, a_next: float, noise: np.ndarray) -> np.ndarray:
     """One step of multistep consistency sampling (Song et al. 2023, arXiv:2303.01469, algorithm 1), float64.
 
-    The consistency function c_skip x + c_out x_0, noised again to a_next; for models distilled to be one.
-    `noise` has no effect in the last step (a_next = 1).
+    The consistency function, noised again to a_next; for models distilled to be one. `noise` has no effect in the last
+    step (a_next = 1).
     """
-    scaled = timestep * LCM_TIMESTEP_SCALING
-    c_skip = LCM_SIGMA_DATA**2 / (scaled**2 + LCM_SIGMA_DATA**2)
-    c_out = scaled / math.sqrt(scaled**2 + LCM_SIGMA_DATA**2)
+    c_skip, c_out = consistency_scalings(timestep)
     return np.sqrt(a_next) * (c_out * original + c_skip * sample) + np.sqrt(1 - a_next) * noise
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -17,6 +18,13 @@ SIGNATURES: dict[str, Signature] = {
     "vae_encoder": (("image",), ("latent_mean", "latent_logvar")),
     "vae_decoder": (("latent",), ("image",)),
 }
+
+
+def signatures_of(model: Mapping[str, Any]) -> dict[str, Signature]:
+    """The signatures of what model.json describes: a U-Net distilled with guidance takes `guidance_scale`, too."""
+    inputs, outputs = SIGNATURES["unet"]
+    guided = ("guidance_scale",) if model["unet"].get("guidance_embedding") else ()
+    return {**SIGNATURES, "unet": ((*inputs, *guided), outputs)}
 
 
 class VaeEncoder(nn.Module):

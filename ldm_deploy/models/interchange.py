@@ -138,6 +138,8 @@ def save_unet(module: UNet, directory: Path, sample_size: int) -> None:
     Raises `ArtifactError` for a network that is not of layout "sd1".
     """
     _check_layout(module, directory)
+    if module.guidance_embedding is not None:
+        raise ArtifactError(f"{directory}: diffusers has no place for a student's guidance; export it to ONNX instead")
     levels = range(len(module.channels))
     config = {
         "_class_name": "UNet2DConditionModel",

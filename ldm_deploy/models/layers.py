@@ -218,7 +218,7 @@ class Upsample(nn.Module):
 
 
 def timestep_embedding(timestep: Tensor, channels: int) -> Tensor:
-    """Sinusoids of the timestep, cosines first: int64 (batch) -> float32 (batch, channels).
+    """Sinusoids of the timestep, cosines first: int64 or float (batch) -> float32 (batch, channels).
 
     Vaswani et al. 2017, arXiv:1706.03762, section 3.5.
     """

@@ -44,9 +44,9 @@ class Reference:
 
     @property
     def signatures(self) -> Mapping[str, Signature]:
-        from ldm_deploy.models.components import SIGNATURES
+        from ldm_deploy.models.components import signatures_of
 
-        return SIGNATURES
+        return signatures_of(self.model)
 
     def components(self) -> dict[str, nn.Module]:
         """component name -> module in evaluation mode."""

@@ -21,6 +21,9 @@ from ldm_deploy.models.layers import (
     zero_initialized,
 )
 
+# A guidance scale of 10 is as far from 0 in its sinusoids as the last of 1000 timesteps.
+GUIDANCE_UNIT = 100.0
+
 
 class Stage(nn.Module):
     """A residual block and, where the level has attention, a spatial transformer."""
@@ -42,6 +45,9 @@ class UNet(nn.Module):
     `channels`, `num_heads`: one width and number of heads per level. `attention_levels`: the levels with a transformer,
     0 is the highest resolution.
     The middle always has one. h and w must be multiples of 2^(levels - 1).
+    `guidance_embedding`: there is a fourth input, guidance_scale float (batch), what a student of guided predictions is
+    told (Meng et al. 2023, arXiv:2210.03142, section 3.1). It enters beside the timestep, through a projection that
+    starts at zero: an untrained one changes nothing.
     """
 
     def __init__(
@@ -54,6 +60,7 @@ class UNet(nn.Module):
         norm_groups: int,
         layout: str,
         context_channels: int,
+        guidance_embedding: bool = False,
     ) -> None:
         super().__init__()
         self.channels, self.num_heads = tuple(channels), tuple(num_heads)
@@ -64,6 +71,10 @@ class UNet(nn.Module):
         self.time_embedding = nn.Sequential(
             nn.Linear(channels[0], embedding_channels), nn.SiLU(), nn.Linear(embedding_channels, embedding_channels)
         )
+
+        self.guidance_embedding = None
+        if guidance_embedding:
+            self.guidance_embedding = zero_initialized(nn.Linear(channels[0], channels[0], bias=False))
 
         def stage(level: int, inputs: int, outputs: int, attention: bool) -> Stage:
             block = ResidualBlock(inputs, outputs, norm_groups, embedding_channels)
@@ -98,8 +109,16 @@ class UNet(nn.Module):
             normalization(width, norm_groups), nn.SiLU(), zero_initialized(nn.Conv2d(width, in_channels, 3, padding=1))
         )
 
-    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
-        embedding = self.time_embedding(timestep_embedding(timestep, self.timestep_channels).to(sample.dtype))
+    def forward(
+        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, guidance_scale: Tensor | None = None
+    ) -> Tensor:
+        when = timestep_embedding(timestep, self.timestep_channels).to(sample.dtype)
+        if self.guidance_embedding is not None:
+            if guidance_scale is None:
+                raise ValueError("this U-Net was distilled with guidance and needs guidance_scale")
+            scaled = GUIDANCE_UNIT * guidance_scale
+            when = when + self.guidance_embedding(timestep_embedding(scaled, self.timestep_channels).to(sample.dtype))
+        embedding = self.time_embedding(when)
         x = self.conv_in(sample)
         skips = [x]
         for layer in self.down:

@@ -47,6 +47,15 @@ MODEL_KEYS = {
     "downsampling": COUNT, "latent_channels": COUNT, "scale_factor": FACTOR, "default_size": PAIR,
     "size_multiple": COUNT, "context_length": COUNT,
 }  # fmt: skip
+COUNTS: Kind = (
+    "a list of integers of 1 or more",
+    lambda value: isinstance(value, list) and value != [] and all(map(COUNT[1], value)),
+)
+RANGE_OR_NULL: Kind = (
+    "[lowest, highest] or null",
+    lambda value: value is None or (isinstance(value, list) and len(value) == 2 and all(map(NUMBER[1], value))),
+)
+STUDENT_KEYS = {"sampler": TEXT, "steps": COUNTS, "guidance_range": RANGE_OR_NULL}  # of a model of few steps
 # All of them: a default that is filled in silently could be another model's. Those of ADDED came later: absent, they
 # are what they were before.
 SCHEDULE_KEYS = {
@@ -81,6 +90,9 @@ def check_description(root: Path, data: Mapping[str, Any]) -> None:
         )
     if all(whole):
         _check_keys(file, "model.", data["model"], MODEL_KEYS)
+        if "distilled" in data["model"]:
+            _check_keys(file, "model.", data["model"], {"distilled": OBJECT})
+            _check_keys(file, "model.distilled.", data["model"]["distilled"], STUDENT_KEYS)
         _check_keys(file, "schedule.", {**ADDED, **data["schedule"]}, SCHEDULE_KEYS)
     for index, entry in enumerate(data["engines"]):
         _check_keys(file, f"engines[{index}].", entry, ENGINE_KEYS)

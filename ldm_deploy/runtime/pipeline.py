@@ -20,6 +20,7 @@ from ldm_deploy.runtime.request import (
     check_guidance_scale,
     check_sampler,
     check_steps,
+    check_student,
     image_seeds,
     latent_shape,
     prompt_list,
@@ -108,8 +109,9 @@ class Pipeline:
         `seed`: one per image, or one number n for seeds n, n + 1, …. `size`: (height, width) in pixels. Guidance
         (Ho and Salimans 2022, arXiv:2207.12598): uncond + guidance_scale · (cond - uncond), where uncond is asked for
         `negative_prompt` (one, or one per image; by default the empty text); a scale of 1 skips that half.
-        `guidance_rescale` 0 to 1: see `rescale_guidance`. `on_step` is called after every step; an exception it raises
-        ends the call.
+        A model distilled to few steps is told the scale instead; it draws in the steps, with the sampler and in the
+        range of scales that it was distilled for. `guidance_rescale` 0 to 1: see `rescale_guidance`. `on_step` is
+        called after every step; an exception it raises ends the call.
         Raises `PromptError` for a request that cannot be served, and `EngineError` naming the component for an engine
         that fails or returns what is not finite.
         """
@@ -173,10 +175,16 @@ class Pipeline:
         sampler = check_sampler(self.sampler if sampler is None else sampler)
         rescale = check_guidance_rescale(guidance_rescale)
         shape = latent_shape(self.model, size)
+        student = self.model.get("distilled")
+        if student is not None:
+            negative = negative_prompt is not None
+            check_student(student, sampler=sampler, steps=steps, scale=scale, negative=negative, rescale=rescale)
 
-        guided = scale != 1
+        guided = scale != 1 and student is None
         ids = self.tokenizer.encode([*(negatives if guided else []), *prompts])
         conditions = self._run("text_encoder", {"input_ids": ids})
+        if student is not None and student["guidance_range"] is not None:
+            conditions["guidance_scale"] = np.full(len(prompts), scale, dtype=np.float32)
         latents = gaussian_noise(seeds, shape)
         run = SamplerRun(
             sampler, self.schedule, steps, noise=lambda index: gaussian_noise(seeds, shape, stream=index + 1)

@@ -77,6 +77,25 @@ def check_sampler(sampler: str) -> str:
     return sampler
 
 
+def check_student(
+    distilled: Mapping[str, Any], *, sampler: str, steps: int, scale: float, negative: bool, rescale: float
+) -> None:
+    """What a model distilled to few steps can be asked for (docs/bundle.md); its guidance is folded in."""
+    for name, value, allowed in (("sampler", sampler, [distilled["sampler"]]), ("steps", steps, distilled["steps"])):
+        if value not in allowed:
+            raise PromptError(
+                f"{name} is {value!r}; this model was distilled for {', '.join(map(str, allowed))}: "
+                "ask for that, or choose a variant of its teacher"
+            )
+    low, high = distilled["guidance_range"] or (1, 1)
+    if not low <= scale <= high:
+        between = f"guidance from {low:g} to {high:g}" if low < high else "no guidance (1)"
+        raise PromptError(f"guidance_scale is {scale:g}; this model was distilled for {between}: ask for that")
+    for name, given in (("negative_prompt", negative), ("guidance_rescale", rescale != 0)):
+        if given:
+            raise PromptError(f"{name} is not to be had from a model whose guidance is folded in; leave it out")
+
+
 def latent_shape(model: Mapping[str, Any], size: Any) -> tuple[int, int, int]:
     """(z, H/f, W/f) for images of `size` (height, width) in pixels; None: the model's default."""
     size = model["default_size"] if size is None else size

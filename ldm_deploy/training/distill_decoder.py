@@ -22,7 +22,7 @@ from ldm_deploy.models.discriminator import PatchDiscriminator
 from ldm_deploy.training.autoencoder import to_images, to_tensor
 from ldm_deploy.training.data import ImageSet, photograph_crops
 from ldm_deploy.training.decoder_config import DecoderConfig, load_decoder_config
-from ldm_deploy.training.loop import Adversary, Measure, Preview, rng, run_stage
+from ldm_deploy.training.loop import Adversary, Measure, Preview, device_rng, rng, run_stage
 from ldm_deploy.training.losses import Perceptual, adaptive_weight, generator_loss, hinge_loss, reconstruction_loss
 from ldm_deploy.training.preview import reconstructions
 from ldm_deploy.training.processes import processes
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from ldm_deploy.models.reference import Reference
 
 CROPS = 2048  # cut from the photographs once, so that a GPU does not wait for them
+# A student whose weights are zero has a loss of about 3. One that is further off than this is not learning.
+FARTHEST = 50.0
 BATCH = 64  # images at once when held-out ones are measured
 
 
@@ -182,7 +184,7 @@ def train_decoder(
     if config.perceptual_weight and perceptual is None:
         raise TrainingError(
             f"perceptual_weight is {config.perceptual_weight} and there is no perceptual distance; install "
-            "ldm-deploy[export] and run `make setup` for its weights, or set perceptual_weight = 0 in a --preset file"
+            "ldm-deploy[export] and run `make setup` for its weights, or set perceptual_weight = 0 in a --config file"
         )
     team = processes()
     stage, scale = config.training, model["scale_factor"]
@@ -212,22 +214,21 @@ def train_decoder(
             model["latent_channels"],
             *(side // model["downsampling"] for side in image.shape[-2:]),
         )
-        draw = rng(config.seed, "latent", step)
-        strength = draw.uniform(0, config.latent_noise / scale, size=(stage.batch_size, 1, 1, 1)).astype(np.float32)
-        posterior, noise = (draw.standard_normal(shape, dtype=np.float32)[rows] for _ in range(2))
+        numbers = device_rng(config.seed, "latent", step, team.device)
+        posterior, noise = (torch.randn(shape, generator=numbers, device=team.device)[rows] for _ in range(2))
+        strength = torch.rand(shape[0], 1, 1, 1, generator=numbers, device=team.device)[rows]
         with torch.autocast(team.device.type, torch.bfloat16, enabled=config.autocast_bf16):
             with torch.no_grad():
                 mean, logvar = teacher.encode(image)
                 mean, std = mean.float(), torch.exp(0.5 * logvar.float())
-                latent = mean + std * torch.from_numpy(posterior).to(team.device)
-                latent = latent + torch.from_numpy(strength[rows] * noise).to(team.device)
-                latent = teacher.quantizer(latent)
+                noise = noise * strength * (config.latent_noise / scale)
+                latent = teacher.quantizer(mean + std * posterior + noise)
                 wanted = teacher.render(latent).float().clamp(-1, 1)
             decoded = student.render(latent).float()
             of_encoder = moments_loss(student, image, mean, std, scale) if config.encoder else None
         return image, wanted, decoded, of_encoder
 
-    def loss(step: int, rows: slice) -> tuple[Tensor, Mapping[str, float]]:
+    def loss(step: int, rows: slice) -> tuple[Tensor, Mapping[str, Tensor]]:
         image, wanted, decoded, of_encoder = decode(step, rows)
         rebuilt = imitation_loss(decoded, wanted, image, config.image_weight)
         logged = {"imitation": rebuilt}
@@ -245,14 +246,14 @@ def train_decoder(
             balance = adaptive_weight(rebuilt * share, fooled * share, student.decoder.last_layer, everywhere)
             logged |= {"generator": fooled, "generator_weight": balance}
             total = total + config.gan_weight * balance * fooled
-        return total, {name: value.item() for name, value in logged.items()}
+        return total, {name: value.detach() for name, value in logged.items()}
 
-    def discriminate(step: int, rows: slice) -> tuple[Tensor, Mapping[str, float]]:
+    def discriminate(step: int, rows: slice) -> tuple[Tensor, Mapping[str, Tensor]]:
         assert adversary is not None
         with torch.no_grad():
             image, _, decoded, _ = decode(step, rows)
         real, fake = adversary.module(image), adversary.module(decoded)
-        return hinge_loss(real, fake), {"logits_real": real.mean().item(), "logits_fake": fake.mean().item()}
+        return hinge_loss(real, fake), {"logits_real": real.mean().detach(), "logits_fake": fake.mean().detach()}
 
     adversary: Adversary | None = None
     if config.gan_weight:
@@ -260,6 +261,7 @@ def train_decoder(
         adversary = Adversary(discriminator, discriminate, config.disc_start, stage.learning_rate)
     averages = run_stage(
         "decoder", parts, loss, stage, directory, fingerprint, resume=resume, adversary=adversary,
+        loss_limit=FARTHEST,
         preview=None if preview is None else lambda module, step: preview(student, step),
     )  # fmt: skip
     parts.load_state_dict(averages)

@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,8 +29,8 @@ from ldm_deploy.training.ema import Ema
 from ldm_deploy.training.log import TrainingLog
 from ldm_deploy.training.processes import Processes, processes
 
-# (step, rows of the batch) -> scalar mean loss over these rows, and numbers to log
-LossFunction = Callable[[int, slice], tuple[Tensor, Mapping[str, float]]]
+# (step, rows of the batch) -> scalar mean loss over these rows, and numbers to log (tensors are read when they are)
+LossFunction = Callable[[int, slice], tuple[Tensor, Mapping[str, float | Tensor]]]
 # (originals, reconstructions), both uint8 (n, H, W, 3) -> figures by name
 Measure = Callable[[np.ndarray, np.ndarray], Mapping[str, float]]
 # (module with averaged parameters, step) -> numbers to log; may write files
@@ -50,6 +50,11 @@ class Adversary:
 def rng(seed: int, purpose: str, step: int) -> np.random.Generator:
     """The generator of one purpose at one step; independent across purposes and steps."""
     return np.random.default_rng([seed, int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:4], "little"), step])
+
+
+def device_rng(seed: int, purpose: str, step: int, device: torch.device) -> torch.Generator:
+    """The same, for random numbers that are drawn where they are used; those of a GPU differ from a CPU's."""
+    return torch.Generator(device).manual_seed(int(rng(seed, purpose, step).integers(2**62)))
 
 
 def learning_rate(config: StageConfig, step: int) -> float:
@@ -75,6 +80,7 @@ def run_stage(
     preview: Preview | None = None,
     adversary: Adversary | None = None,
     after_step: Callable[[int], Mapping[str, float]] = lambda step: {},
+    loss_limit: float = math.inf,
 ) -> dict[str, Tensor]:
     """Train `module` for `config.steps` steps and return its averaged parameters.
 
@@ -83,7 +89,9 @@ def run_stage(
     `fingerprint` identifies configuration and data: a checkpoint of another one is refused. Of several processes each
     computes its rows of the batch, and the first one writes. `after_step` is called when the parameters have moved, and
     returns numbers to log. Raises `TrainingError` on a checkpoint that must not be
-    overwritten and on a loss or gradient that is not finite (the last checkpoint is kept and named).
+    overwritten and on a loss or gradient that is not finite, or a loss above `loss_limit` (the last checkpoint is kept
+    and named). A GPU is not waited for at every step: there, losses are looked at every 20 steps and before anything is
+    written.
     """
     directory.mkdir(parents=True, exist_ok=True)
     checkpoint = directory / f"{name}.safetensors"
@@ -111,6 +119,7 @@ def run_stage(
         raise TrainingError(f"{team.count} processes share a batch of {config.batch_size}; start fewer of them")
     team.wait()  # all have read the checkpoint before the first one writes the next
     log = TrainingLog(directory, name, start) if team.first else None
+    unread: list[tuple[int, Tensor, Tensor]] = []  # step, loss and gradient norm that nobody looked at yet
     began = time.monotonic()
     # torch's fused attention has a slow bf16 backward on a CPU: the plain one makes a U-Net step 1.3 times faster.
     attention = sdpa_kernel(SDPBackend.MATH) if team.device.type == "cpu" else contextlib.nullcontext()
@@ -121,15 +130,15 @@ def run_stage(
                 group["lr"] = rate
             optimizer.zero_grad(set_to_none=True)
             numbers = _gradients(module, loss_function, step, config, team)
-            norm = nn.utils.clip_grad_norm_(module.parameters(), config.clip_norm).item()
-            for what, value in (("loss", numbers["loss"]), ("gradient norm", norm)):
-                if not math.isfinite(value):
-                    there = checkpoint.exists()
-                    kept = f"the last good state is {checkpoint}" if there else "there is no checkpoint yet"
-                    raise TrainingError(
-                        f"{name}: the {what} is {value} at step {step}; {kept}. "
-                        "Lower learning_rate or set autocast_bf16 = false, then resume"
-                    )
+            norm = nn.utils.clip_grad_norm_(module.parameters(), config.clip_norm)
+            done = step + 1
+            saving = done % config.checkpoint_every == 0 or done == config.steps
+            showing = preview is not None and config.preview_every > 0 and done % config.preview_every == 0
+            logging = step % 20 == 0 or done == config.steps or showing
+            unread.append((step, torch.as_tensor(numbers["loss"], dtype=torch.float64, device=norm.device), norm))
+            if saving or logging or team.device.type == "cpu":
+                _check(name, unread, loss_limit, checkpoint)
+                unread.clear()
             optimizer.step()
             numbers |= after_step(step)
             if adversary is not None and step >= adversary.start:
@@ -138,16 +147,16 @@ def run_stage(
                 rival.step()
                 numbers |= {"discriminator": found.pop("loss"), **found}
             ema.update(module, step)
-            done = step + 1
             if log is not None:
                 figures: Mapping[str, float] = {}
-                if preview is not None and config.preview_every and done % config.preview_every == 0:
+                if showing and preview is not None:
                     with ema.applied(module):
                         figures = preview(module, done)
-                if step % 20 == 0 or done == config.steps or figures:
-                    log.write({"step": step, **numbers, **figures, "gradient_norm": norm,
+                if logging:
+                    read = {key: float(value) for key, value in numbers.items()}
+                    log.write({"step": step, **read, **figures, "gradient_norm": norm.item(),
                                "learning_rate": rate, "seconds": round(time.monotonic() - began, 1)})  # fmt: skip
-                if done % config.checkpoint_every == 0 or done == config.steps:
+                if saving:
                     _save(checkpoint, fingerprint, done, trained, ema)
             advance(1)
     if log is not None:
@@ -156,23 +165,40 @@ def run_stage(
     return ema.state()
 
 
+def _check(name: str, unread: Sequence[tuple[int, Tensor, Tensor]], limit: float, checkpoint: Path) -> None:
+    """Raises `TrainingError` at the first step whose loss or gradient must not be used."""
+    values = torch.stack([value.detach().double() for _, loss, norm in unread for value in (loss, norm)]).tolist()
+    for (step, _, _), loss, norm in zip(unread, values[::2], values[1::2], strict=True):
+        for what, value, allowed in (("loss", loss, limit), ("gradient norm", norm, math.inf)):
+            if math.isfinite(value) and value <= allowed:
+                continue
+            kept = f"the last good state is {checkpoint}" if checkpoint.exists() else "there is no checkpoint yet"
+            above = f", above {limit:g}: training diverges" if math.isfinite(value) else ""
+            raise TrainingError(
+                f"{name}: the {what} is {value:g} at step {step}{above}; {kept}. "
+                "Lower learning_rate or set autocast_bf16 = false, then resume"
+            )
+
+
 def _gradients(
     module: nn.Module, loss_function: LossFunction, step: int, config: StageConfig, team: Processes
-) -> dict[str, float]:
-    """Leave the gradient of the whole batch's mean loss in the parameters; returns loss and other means."""
-    totals: dict[str, float] = {}
+) -> dict[str, float | Tensor]:
+    """Leave the gradient of the whole batch's mean loss in the parameters; returns loss and other means, which are
+    float64 tensors where reading them would mean waiting for the device."""
+    totals: dict[str, float | Tensor] = {}
     for rows in team.parts(config.batch_size, config.accumulation):
         share = (rows.stop - rows.start) / config.batch_size
         loss, numbers = loss_function(step, rows)
         (loss * share).backward()
-        for key, value in {"loss": loss.item(), **numbers}.items():
-            totals[key] = totals.get(key, 0.0) + share * value
+        for key, value in {"loss": loss, **numbers}.items():
+            given = value.detach().double() if isinstance(value, Tensor) else value
+            totals[key] = totals.get(key, 0.0) + share * given
     if team.count > 1:
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        means = torch.tensor(list(totals.values()), dtype=torch.float64, device=team.device)
+        means = torch.tensor([float(value) for value in totals.values()], dtype=torch.float64, device=team.device)
         team.sum_([parameter.grad for parameter in parameters if parameter.grad is not None])
         team.sum_([means])
         totals = dict(zip(totals, means.tolist(), strict=True))

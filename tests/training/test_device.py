@@ -11,10 +11,19 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ldm_deploy.config import PRESETS, AutoencoderConfig, AutoencoderLossConfig, ObjectiveConfig
-from ldm_deploy.models.reference import describe
-from ldm_deploy.training import autoencoder, diffusion, distill_decoder
+from ldm_deploy.models.reference import Reference, build_modules, describe
+from ldm_deploy.models.unet import UNet
+from ldm_deploy.training import (
+    autoencoder,
+    diffusion,
+    distill_consistency,
+    distill_decoder,
+    distill_progressive,
+    student,
+)
 from ldm_deploy.training.data import ImageSet
 from ldm_deploy.training.decoder_config import PRESETS as DECODERS
+from ldm_deploy.training.distill_config import PRESETS as STUDENTS
 from ldm_deploy.training.processes import Processes
 
 CUDA = Processes(device=torch.device("cuda", 0))
@@ -34,8 +43,9 @@ def gpu(monkeypatch):
 
     monkeypatch.setattr(nn.Module, "_apply", apply)
     monkeypatch.setattr(torch.Tensor, "item", lambda self: 0.5)
-    for module in (autoencoder, diffusion, distill_decoder):
+    for module in (autoencoder, diffusion, distill_consistency, distill_decoder, distill_progressive):
         monkeypatch.setattr(module, "processes", lambda: CUDA)
+    monkeypatch.setattr(student, "device_rng", lambda *rest: None)  # no generator of a GPU that is not there
     with FakeTensorMode():
         yield
 
@@ -134,3 +144,38 @@ def test_a_step_of_the_small_decoder_is_on_the_gpu(gpu, monkeypatch, tmp_path, k
             config, teacher, model, black_images(), tmp_path, "", resume=False, perceptual=perceptual
         ),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["consistency", "progressive"])
+def test_a_step_of_distillation_is_on_the_gpu(gpu, monkeypatch, tmp_path, method):
+    text_encoder = {"vocab_size": 20, "context_length": 4, "width": 32, "layers": 1, "head_channels": 16}
+    described = describe(PRESETS["tiny"], 0.7, text_encoder, {})
+    modules = build_modules(described)
+    teacher = Reference(tmp_path, described, **modules)
+    none = np.zeros(4, bool)
+    data = ImageSet(np.zeros((4, 32, 32, 3), np.uint8), [""] * 4, [""] * 4, none, none, "", [""] * 4)
+    config = dataclasses.replace(STUDENTS["tiny"], method=method)
+    train = {
+        "consistency": distill_consistency.train_consistency,
+        "progressive": distill_progressive.train_progressive,
+    }[method]
+
+    def distill():
+        material = student.make_material(teacher, data, np.ones((4, 4), np.int64), [0, 1, 2, 3])
+        assert {value.device for value in vars(material).values()} == {CUDA.device}
+        unet = UNet(**described["unet"], guidance_embedding=True)
+        weights = train(teacher, unet, material, config, tmp_path, "", resume=False)
+        assert {value.device.type for value in weights.values()} == {"cpu"}
+
+    def once(name, model, loss, config, *rest, after_step=lambda step: {}, **options):
+        value, _ = loss(0, slice(0, config.batch_size))
+        assert value.device == CUDA.device
+        after_step(0)
+        devices = {value.device for value in (*model.parameters(), *model.buffers())}
+        assert devices == {CUDA.device}
+        return {name: value + 1 for name, value in model.named_parameters()}
+
+    for module in (distill_consistency, distill_progressive):
+        monkeypatch.setattr(module, "run_stage", once)
+        monkeypatch.setattr(module, "check_moved", lambda start, averages: None)
+    distill()
