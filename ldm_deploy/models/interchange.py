@@ -140,6 +140,8 @@ def save_unet(module: UNet, directory: Path, sample_size: int) -> None:
     _check_layout(module, directory)
     if module.guidance_embedding is not None:
         raise ArtifactError(f"{directory}: diffusers has no place for a student's guidance; export it to ONNX instead")
+    if module.removed:
+        raise ArtifactError(f"{directory}: diffusers has no place for a pruned U-Net; export it to ONNX instead")
     levels = range(len(module.channels))
     config = {
         "_class_name": "UNet2DConditionModel",
