@@ -6,6 +6,7 @@ BIN    := $(VENV)/bin
 OUT    ?= build/reference
 TARGET ?= onnxruntime-cpu
 PRESET ?= reference
+RECIPE ?= steps
 DATA   ?= $(or $(LDM_DEPLOY_DATA),photos)
 
 INSTALLED := $(VENV)/.installed
@@ -50,8 +51,8 @@ lint: $(INSTALLED) ## ruff and mypy
 train: $(INSTALLED) ## train a reference: make train DATA=emoji.zip PRESET=reference (resumes)
 	@$(BIN)/ldm-deploy train $(PRESET) --data "$(DATA)" --out build/trained --resume
 
-distill: ## fewer steps, a smaller decoder: not built yet
-	@echo "error: distillation is not built yet; there is: make export (INT8 for ONNX Runtime on the CPU)" >&2; exit 1
+distill: $(INSTALLED) ## a student of the shipped reference: make distill DATA=emoji.zip RECIPE=steps (resumes)
+	@$(BIN)/ldm-deploy distill reference --recipe $(RECIPE) --data "$(DATA)" --out build/student-$(RECIPE) --resume
 
 bench: $(INSTALLED) ## latency of the bundle that make export wrote; export and INT8 beside their peers (15 minutes)
 	@$(BIN)/ldm-deploy bench $(OUT)

@@ -114,10 +114,13 @@ def test_bench_is_the_bundle_and_what_stands_beside_its_peers(clone: Path) -> No
     ]  # fmt: skip
 
 
-def test_a_stage_that_is_not_built_says_so_and_fails(clone: Path) -> None:
-    done = make(clone, "distill")
-    assert done.returncode != 0
-    assert "not built yet; there is: make export" in done.stderr.splitlines()[0]
+def test_distill_makes_a_student_of_the_shipped_reference(clone: Path) -> None:
+    make(clone, "setup")
+    calls(clone)
+    assert make(clone, "distill", "DATA=emoji.zip", "RECIPE=decoder").returncode == 0
+    assert calls(clone) == [
+        "ldm-deploy distill reference --recipe decoder --data emoji.zip --out build/student-decoder --resume"
+    ]
 
 
 def test_a_failing_command_fails_make(clone: Path) -> None:

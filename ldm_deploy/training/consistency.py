@@ -35,8 +35,10 @@ class Levels:
         clean = schedule.alphas_cumprod.copy()
         clean[0] = 1.0
         c_skip, c_out = consistency_scalings(np.arange(len(clean)))
-        tables = (np.sqrt(clean), np.sqrt(1 - clean), c_skip, c_out)
-        return cls(*(torch.from_numpy(table).float().to(device) for table in tables), schedule.prediction_type)
+        signal, spread, skip, out = (
+            torch.from_numpy(table).float().to(device) for table in (np.sqrt(clean), np.sqrt(1 - clean), c_skip, c_out)
+        )
+        return cls(signal, spread, skip, out, schedule.prediction_type)
 
     def at(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(a_t) and sqrt(1 - a_t), (batch, 1, 1, 1)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from ldm_deploy.models.reference import Reference
 from ldm_deploy.models.unet import UNet
-from ldm_deploy.training.consistency import Levels, Predict, solver_grid
+from ldm_deploy.training.consistency import Levels, solver_grid
 from ldm_deploy.training.distill_config import StepsConfig
 from ldm_deploy.training.loop import Preview, run_stage
 from ldm_deploy.training.processes import processes
 from ldm_deploy.training.progressive import original_loss, two_step_original
-from ldm_deploy.training.student import Batch, Material, check_moved, guided_teacher, plain
+from ldm_deploy.training.student import Material, check_moved, guided_teacher, plain
 
 FARTHEST = 64.0  # mean squared error, in units of the latents' variance, at which a student is not learning
 
@@ -60,62 +60,43 @@ def train_progressive(
     levels, span = Levels.of(teacher.schedule, device), (config.guidance_min, config.guidance_max)
     finest = torch.from_numpy(solver_grid(teacher.schedule, config.solver_steps)).to(device)
     learner = Learner(unet).to(device).to(memory_format=torch.channels_last)
-    source = teacher.unet.to(device).to(memory_format=torch.channels_last)
-    stages = list(stage_names(config))
+    source: nn.Module = teacher.unet.to(device).to(memory_format=torch.channels_last)
+    last = list(stage_names(config))[-1][0]
 
-    for name, steps in stages:
+    def learn(name: str, steps: int, source: nn.Module) -> None:
+        grid = finest[:: config.solver_steps // steps]
         folding = name == "progressive-guidance"
-        grid = finest[:: config.solver_steps // steps]  # the student's
-        between = finest[:: max(1, config.solver_steps // (2 * steps))]  # its teacher's, twice as fine
+        # Where guidance is folded in, the student learns what its teacher predicts; later, two of its teacher's steps.
+        between = grid if folding else finest[:: config.solver_steps // (2 * steps)]
 
-        def tutor_of(batch: Batch, folding: bool = folding, tutor: nn.Module = source) -> Predict:
-            return guided_teacher(tutor, batch, material.empty) if folding else plain(tutor, batch, config.has_guidance)
+        def loss(step: int, rows: slice) -> tuple[Tensor, Mapping[str, float | Tensor]]:
+            batch = material.draw(config.seed, name, step, stage.batch_size, rows, span)
+            at = (batch.place * steps).long()
+            now = grid[at]
+            sample = levels.noised(batch.latent, batch.noise, now)
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.autocast_bf16):
+                with torch.no_grad():
+                    if folding:
+                        tutor = guided_teacher(source, batch, material.empty)
+                        wanted = levels.original(sample, tutor(sample, now), now)
+                    else:
+                        tutor = plain(source, batch, config.has_guidance)
+                        wanted = two_step_original(tutor, sample, now, between[2 * at + 1], grid[at + 1], levels)
+                student = plain(learner.unet, batch, config.has_guidance)
+                each = original_loss(student, wanted, sample, now, levels, config.snr_weighting)
+            return each.mean(), {}
 
-        loss = _stage_loss(name, steps, grid, None if folding else between, tutor_of, learner, material, config, levels,
-                           span)  # fmt: skip
         start = {key: value.detach().clone() for key, value in learner.named_parameters()}
         averages = run_stage(
             name, learner, loss, stage, directory, fingerprint, resume=resume, loss_limit=FARTHEST,
-            preview=preview if (name, steps) == stages[-1] else None,
+            preview=preview if name == last else None,
         )  # fmt: skip
         check_moved(start, averages)
         with torch.no_grad():
             for key, parameter in learner.named_parameters():
                 parameter.copy_(averages[key])
+
+    for name, steps in stage_names(config):
+        learn(name, steps, source)
         source = copy.deepcopy(learner.unet).eval().requires_grad_(False)
     return {name: value.detach().cpu() for name, value in learner.unet.state_dict().items()}
-
-
-def _stage_loss(
-    name: str,
-    steps: int,
-    grid: Tensor,
-    between: Tensor | None,
-    tutor_of: Callable[[Batch], Predict],
-    learner: Learner,
-    material: Material,
-    config: StepsConfig,
-    levels: Levels,
-    span: tuple[float, float],
-) -> Callable[[int, slice], tuple[Tensor, Mapping[str, float | Tensor]]]:
-    """`between`: the teacher's timesteps, two per step of the student; None: the student learns what the teacher
-    predicts."""
-    device = grid.device
-
-    def loss(step: int, rows: slice) -> tuple[Tensor, Mapping[str, float | Tensor]]:
-        batch = material.draw(config.seed, name, step, config.training.batch_size, rows, span)
-        at = (batch.place * steps).long()
-        now = grid[at]
-        sample = levels.noised(batch.latent, batch.noise, now)
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.autocast_bf16):
-            with torch.no_grad():
-                tutor = tutor_of(batch)
-                if between is None:
-                    wanted = levels.original(sample, tutor(sample, now), now)
-                else:
-                    wanted = two_step_original(tutor, sample, now, between[2 * at + 1], grid[at + 1], levels)
-            student = plain(learner.unet, batch, config.has_guidance)
-            each = original_loss(student, wanted, sample, now, levels, config.snr_weighting)
-        return each.mean(), {}
-
-    return loss

@@ -48,7 +48,7 @@ def test_one_step_to_the_target_ends_where_two_of_the_teachers_do():
     wanted = two_step_original(teacher(at), sample, now, middle, then, at)
     signal, spread = at.at(now)
     as_v = (signal * sample - wanted) / spread
-    torch.testing.assert_close(at.ddim_step(sample, as_v, now, then), end, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(at.ddim_step(sample, as_v, now, then), end, rtol=0, atol=1e-6)  # tables are float32
 
 
 def test_the_loss_is_zero_for_the_target_and_not_for_the_teacher():
