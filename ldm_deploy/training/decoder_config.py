@@ -61,8 +61,8 @@ class DecoderConfig:
 # (steps, batch, learning rate). The shipped reference: hours on two cores, minutes on one large GPU. "sd1": a decoder
 # that enlarges eight times, as that of Stable Diffusion 1.x, on a node of GPUs.
 PRESETS: dict[str, DecoderConfig] = {
-    "cpu":  DecoderConfig(StageConfig(12000,  16, 1.0e-3, preview_every=1000)),
-    "gpu":  DecoderConfig(StageConfig(12000, 128, 1.0e-3, preview_every=3000, checkpoint_every=500),
+    "cpu":  DecoderConfig(StageConfig(12000,  16, 2.0e-3, preview_every=1000)),
+    "gpu":  DecoderConfig(StageConfig( 8000, 128, 2.0e-3, preview_every=4000, checkpoint_every=500),
                           autocast_bf16=False),
     "sd1":  DecoderConfig(StageConfig(50000,  64, 5.0e-4, preview_every=5000, checkpoint_every=1000),
                           (64, 64, 64), (3, 3, 3), perceptual_backbone="vgg", gan_weight=0.1, disc_start=10000),

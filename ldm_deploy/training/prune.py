@@ -239,7 +239,8 @@ def train_pruned(
         "prune", student, loss, stage, directory, fingerprint, resume=resume, loss_limit=FARTHEST
     )  # fmt: skip
     student.load_state_dict(averages)
-    whole.cpu(), text_encoder.cpu()
+    whole.cpu()
+    text_encoder.cpu()
     return student.cpu().eval()
 
 

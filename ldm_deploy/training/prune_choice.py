@@ -36,7 +36,7 @@ class Removal:
 
     name: str
     error: float
-    saved: float  # milliseconds or FLOPs of the whole U-Net that this part alone costs
+    saved: float  # milliseconds or FLOPs that its going saves, those before it being gone
     speedup: float
 
 
@@ -140,32 +140,29 @@ def choose(
     """
     with torch.no_grad():
         wanted = unet(*inputs)
-    found = measure({"": unet, **{name: without(unet, name) for name in unet.removable()}}, inputs, cost)
-    baseline = found[""]
-    saved = {name: baseline - value for name, value in found.items() if name and value < baseline}
     removals: list[Removal] = []
     left, error = unet, 0.0
-    with task("choosing what to remove", len(saved)) as advance:
+    with task("choosing what to remove", len(unet.removable())) as advance:
         while True:
-            candidates = {name: without(left, name) for name in left.removable() if name in saved}
-            if not candidates:
-                reached = removals[-1].speedup if removals else 1.0
+            candidates = {name: without(left, name) for name in left.removable()}
+            # What a part saves depends on what else is gone, and on the minute: measured again, side by side.
+            found = measure({"whole": unet, "left": left, **candidates}, inputs, cost)
+            saved = {name: found["left"] - found[name] for name in candidates if found[name] < found["left"]}
+            if not saved:
+                reached = found["whole"] / found["left"]
                 raise TrainingError(
                     f"with everything removed that costs time the U-Net is {reached:.2f} times as fast, and speedup is "
                     f"{wanted_speedup:g}; lower speedup"
                 )
-            errors = {name: prediction_error(module, inputs, wanted) for name, module in candidates.items()}
-
-            def price(name: str) -> tuple[float, float]:
-                return max(errors[name] - error, 0.0) / saved[name], -saved[name]  # noqa: B023
-
-            best = min(candidates, key=price)
+            errors = {name: prediction_error(candidates[name], inputs, wanted) for name in saved}
+            # Quality per time won; of parts whose loss is nothing, the one that wins most.
+            prices = {name: (max(errors[name] - error, 0.0) / saved[name], -saved[name]) for name in saved}
+            best = min(prices, key=prices.__getitem__)
             left, error = candidates[best], errors[best]
-            now = measure({"": unet, "left": left}, inputs, cost)
-            removals.append(Removal(best, error, saved[best], now[""] / now["left"]))
+            removals.append(Removal(best, error, saved[best], found["whole"] / found[best]))
             advance(1)
             if removals[-1].speedup >= wanted_speedup:
-                return Choice(cost, baseline, tuple(removals))
+                return Choice(cost, found["whole"], tuple(removals))
 
 
 def last_of_levels(unet: UNet) -> Sequence[str]:

@@ -20,12 +20,16 @@ from ldm_deploy.training import (
     distill_consistency,
     distill_decoder,
     distill_progressive,
+    prune,
     student,
 )
 from ldm_deploy.training.data import ImageSet
 from ldm_deploy.training.decoder_config import PRESETS as DECODERS
 from ldm_deploy.training.distill_config import PRESETS as STUDENTS
 from ldm_deploy.training.processes import Processes
+from ldm_deploy.training.prune_choice import Choice
+from ldm_deploy.training.prune_config import PRESETS as PRUNED
+from tests.tiny_bundle import CONTEXT_LENGTH, VOCABULARY, write_tokenizer
 
 CUDA = Processes(device=torch.device("cuda", 0))
 
@@ -44,9 +48,10 @@ def gpu(monkeypatch):
 
     monkeypatch.setattr(nn.Module, "_apply", apply)
     monkeypatch.setattr(torch.Tensor, "item", lambda self: 0.5)
-    for module in (autoencoder, diffusion, distill_consistency, distill_decoder, distill_progressive):
+    for module in (autoencoder, diffusion, distill_consistency, distill_decoder, distill_progressive, prune):
         monkeypatch.setattr(module, "processes", lambda: CUDA)
-    monkeypatch.setattr(student, "device_rng", lambda *rest: None)  # no generator of a GPU that is not there
+    for module in (student, distill_decoder, prune):
+        monkeypatch.setattr(module, "device_rng", lambda *rest: None)  # no generator of a GPU that is not there
     with FakeTensorMode():
         yield
 
@@ -185,3 +190,22 @@ def test_a_step_of_distillation_is_on_the_gpu(gpu, monkeypatch, tmp_path, method
         monkeypatch.setattr(module, "run_stage", once)
         monkeypatch.setattr(module, "check_moved", lambda start, averages: None)
     distill()
+
+
+def test_a_step_of_a_pruned_unet_is_on_the_gpu(gpu, monkeypatch, tmp_path):
+    write_tokenizer(tmp_path / "tokenizer.json")
+    text_encoder = {"vocab_size": VOCABULARY, "context_length": CONTEXT_LENGTH, "width": 32, "layers": 1}
+    described = describe(PRESETS["tiny"], 0.7, {**text_encoder, "head_channels": 16}, {})
+    teacher = Reference(tmp_path, described, **build_modules(described))
+
+    def left(unet, *names):
+        return UNet(**described["unet"], removed=["innermost", "down.0.block"]).to(CUDA.device)
+
+    monkeypatch.setattr(prune, "without", left)
+    step(
+        prune, "prune", monkeypatch,
+        lambda: prune.train_pruned(
+            PRUNED["tiny"], teacher, Choice("flops", 1.0, ()), np.zeros((4, 32, 32, 3), np.uint8), ["one"] * 4, (),
+            tmp_path, "", resume=False,
+        ),
+    )  # fmt: skip

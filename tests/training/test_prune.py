@@ -91,19 +91,15 @@ def test_the_useless_slow_block_goes_and_the_essential_one_stays(teacher, points
     assert all(later.speedup > earlier.speedup for earlier, later in itertools.pairwise(further.removals))
 
 
-def test_at_equal_error_the_dearer_part_goes_and_at_equal_cost_the_lesser_one(teacher, points):
+def test_the_first_to_go_has_the_least_error_per_flop(teacher, points):
     """By FLOPs, as counted."""
     unet = teacher.unet
     choice = choose(unet, points, 1.05, "flops")
     with torch.no_grad():
         wanted = unet(*points)
-    modules = {"": unet, **{name: without(unet, name) for name in unet.removable()}}
-    found = costs(modules, points, "flops")
-    ratios = {
-        name: prediction_error(part, points, wanted) / (found[""] - found[name])
-        for name, part in modules.items()
-        if name and found[name] < found[""]
-    }
+    parts = {name: without(unet, name) for name in unet.removable()}
+    found = costs({"": unet, **parts}, points, "flops")
+    ratios = {name: prediction_error(part, points, wanted) / (found[""] - found[name]) for name, part in parts.items()}
     assert choice.removals[0].name == min(ratios, key=ratios.__getitem__)
     assert choice.baseline == found[""]
     assert (
