@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ldm_deploy.artifact import atomic_write_bytes, atomic_write_json
 from ldm_deploy.diffusion.schedule import Schedule
 from ldm_deploy.errors import ArtifactError
+from ldm_deploy.models.shared_files import place_of
 from ldm_deploy.models.sources import resolve_source
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class Reference:
         }
 
     def tokenizer_text(self) -> str:
-        return (self.directory / "tokenizer.json").read_text(encoding="utf-8")
+        return place_of(self.directory, self.model, "tokenizer.json").read_text(encoding="utf-8")
 
 
 def read_model(path: Path) -> dict[str, Any]:
@@ -78,11 +79,13 @@ def read_model(path: Path) -> dict[str, Any]:
 
 
 def model_files(path: Path) -> list[str]:
-    """The files a reference is made of, the model card left out. Raises `ArtifactError` if one is missing."""
-    missing = [name for name in MODEL_FILES if not (path / name).is_file()]
+    """The files a reference is made of, the model card left out, and those that model.json says it shares with another
+    one, whose digests it holds. Raises `ArtifactError` if one is missing."""
+    shared = read_model(path).get("shared", {}) if (path / "model.json").is_file() else {}
+    missing = [name for name in MODEL_FILES if name not in shared and not (path / name).is_file()]
     if missing:
         raise ArtifactError(f"reference {path} has no {missing[0]}; restore the directory")
-    return sorted(MODEL_FILES)
+    return sorted(set(MODEL_FILES) - set(shared))
 
 
 def build_modules(model: Mapping[str, Any]) -> dict[str, nn.Module]:
@@ -124,7 +127,7 @@ def load_reference(source: str | Path) -> Reference:
         where = path / "model.json"
         raise ArtifactError(f"{where} does not describe a model ({error}); restore the directory") from None
     for name, module in modules.items():
-        file = path / f"{name}.safetensors"
+        file = place_of(path, model, f"{name}.safetensors")
         try:
             weights = {key: value.float() for key, value in load_file(file).items()}
             module.load_state_dict(weights)

@@ -95,4 +95,9 @@ def weight_files(path: Path) -> list[Path]:
         from ldm_deploy.models.from_diffusers import checkpoint_files
 
         return [path / name for name in checkpoint_files(path) if name.endswith(".safetensors")]
-    return sorted(path.glob("*.safetensors"))
+    from ldm_deploy.models.reference import read_model
+    from ldm_deploy.models.shared_files import place_of
+
+    model = read_model(path)
+    shared = [place_of(path, model, name) for name in model.get("shared", {}) if name.endswith(".safetensors")]
+    return [*sorted(path.glob("*.safetensors")), *shared]

@@ -202,7 +202,7 @@ def describe_student(
         "guidance_range": [config.guidance_min, config.guidance_max] if config.has_guidance else None,
     }
     return {
-        **teacher,
+        **{key: value for key, value in teacher.items() if key != "shared"},
         "name": f"{teacher['name']}-{config.method}",
         "unet": {**unet, "guidance_embedding": True} if config.has_guidance else dict(unet),
         # The last timestep comes first, whatever the teacher's sampler did.

@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from ldm_deploy.artifact import verify_manifest
 from ldm_deploy.config import PRESETS as MODELS
-from ldm_deploy.errors import ConfigError, PromptError, TrainingError
+from ldm_deploy.errors import ArtifactError, ConfigError, PromptError, TrainingError
 from ldm_deploy.models.reference import load_reference
+from ldm_deploy.models.shared_files import share_files
+from ldm_deploy.models.sources import source_digest, weight_files
 from ldm_deploy.models.torch_engine import torch_pipeline
 from ldm_deploy.training import distill_consistency
 from ldm_deploy.training.distill_config import PRESETS, StepsConfig, load_steps_config
@@ -294,3 +297,31 @@ def test_presets_and_files(tmp_path):
     path.write_text("target_deca = 0.9\n")
     with pytest.raises(ConfigError, match="did you mean 'target_decay'"):
         load_steps_config(path)
+
+
+def test_a_student_beside_its_teacher_shares_its_files(teacher, student, tmp_path):
+    shutil.copytree(teacher, tmp_path / "teacher")
+    shutil.copytree(student, tmp_path / "student")
+    names = ("autoencoder.safetensors", "text_encoder.safetensors", "tokenizer.json", "unet.safetensors")
+    assert share_files(tmp_path / "student", tmp_path / "teacher", names) == list(names[:3])
+    assert [name for name in names if (tmp_path / "student" / name).exists()] == ["unet.safetensors"]
+    verify_manifest(tmp_path / "student")
+    whole, lean = load_reference(student), load_reference(tmp_path / "student")
+    for part in ("autoencoder", "text_encoder", "unet"):
+        for name, value in getattr(whole, part).state_dict().items():
+            assert torch.equal(value, getattr(lean, part).state_dict()[name])
+    assert np.array_equal(torch_pipeline(whole, threads=1)("cat"), torch_pipeline(lean, threads=1)("cat"))
+    assert [path.parent.name for path in weight_files(tmp_path / "student")] == ["student", "teacher", "teacher"]
+    assert source_digest(tmp_path / "student") != source_digest(student)
+    other = tmp_path / "teacher" / "tokenizer.json"
+    other.write_text(other.read_text() + " ")
+    with pytest.raises(ArtifactError, match="is another file by now; restore the one it was made with"):
+        lean.tokenizer_text()
+    shutil.rmtree(tmp_path / "teacher")
+    with pytest.raises(ArtifactError, match="which has none; put the two side by side"):
+        load_reference(tmp_path / "student")
+    edit("model.json", "shared", "autoencoder.safetensors", "folder", value="../..")(tmp_path / "student")
+    with pytest.raises(ArtifactError, match="a folder beside it is allowed"):
+        load_reference(tmp_path / "student")
+    with pytest.raises(ArtifactError, match="do not lie side by side"):
+        share_files(tmp_path / "student", student, names)
