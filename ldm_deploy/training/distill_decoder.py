@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ldm_deploy.errors import ConfigError, TrainingError
 from ldm_deploy.models.autoencoder import Autoencoder
 from ldm_deploy.models.discriminator import PatchDiscriminator
+from ldm_deploy.models.reference import Reference, load_reference
 from ldm_deploy.training.autoencoder import to_images, to_tensor
 from ldm_deploy.training.data import ImageSet, photograph_crops
 from ldm_deploy.training.decoder_config import DecoderConfig, load_decoder_config
@@ -35,9 +36,6 @@ from ldm_deploy.training.students import (
     training_images,
     write_student,
 )
-
-if TYPE_CHECKING:
-    from ldm_deploy.models.reference import Reference
 
 CROPS = 2048  # cut from the photographs once, so that a GPU does not wait for them
 # A student whose weights are zero has a loss of about 3. One that is further off than this is not learning.
@@ -56,14 +54,16 @@ def distill_decoder(
     config: str | Path | DecoderConfig | None = None,
     perceptual: Callable[[str], Perceptual | None] = lambda backbone: None,
     measure: Measure | None = None,
+    init_from: str | Path | None = None,
 ) -> dict[str, Any]:
     """Write to `out` a reference that differs from `reference` in its decoder (and, if asked, its encoder).
 
     Checkpoints, logs and previews lie beside it in `<out>.training/`. `config`: a name in `decoder_config.PRESETS` (the
     one for this device), a TOML file, or a configuration. `perceptual` makes the perceptual distance of a backbone, if
-    that is to be had, `measure` the figures of held-out images. The result is the content of training.json. Raises
-    `TrainingError` if `out` exists or the teacher is no full autoencoder, `ConfigError` if the student's levels do not
-    fit its latents.
+    that is to be had, `measure` the figures of held-out images. `init_from`: a student of the same latents (of the
+    teacher that a student of few steps had, say), whose decoder is taken as it is: nothing is trained. The result is
+    the content of training.json. Raises `TrainingError` if `out` exists or the teacher is no full autoencoder, or the
+    latents are others; `ConfigError` if the student's levels do not fit the latents.
     """
     if config is None:
         config = "gpu" if processes().device.type == "cuda" else "cpu"
@@ -71,7 +71,10 @@ def distill_decoder(
     if seed is not None:
         resolved = replace(resolved, seed=seed)
     teacher = load_teacher(reference, out)
-    small = describe_decoder(teacher, resolved)
+    donor = None if init_from is None else load_donor(init_from, teacher)
+    small = describe_decoder(teacher, resolved) if donor is None else {
+        "small_decoder": donor.model["autoencoder"]["small_decoder"]
+    }  # fmt: skip
     if threads is not None:
         torch.set_num_threads(threads)
     images, chosen = training_images(teacher, data, resolved.training.batch_size)
@@ -84,12 +87,12 @@ def distill_decoder(
         "autoencoder": {**teacher.model["autoencoder"], **small},
     }
     name = "custom" if isinstance(config, DecoderConfig) else Path(config).name
-    teaching = Teaching(teacher, "decoder", resolved.to_dict(), name, data, images, len(chosen.texts))
+    teaching = Teaching(teacher, "decoder", resolved.to_dict(), name, data, images, len(chosen.texts), donor)
     student = train_decoder(
         resolved, teacher.autoencoder, model, chosen, directory, teaching.key(), resume=resume,
         preview=reconstructions(held_out[:HELD_OUT_SHOWN], directory / "previews", measure) if len(held_out) else None,
         perceptual=distance,
-    )  # fmt: skip
+    ) if donor is None else donor.autoencoder  # fmt: skip
 
     def figures(written: Reference) -> dict[str, Any]:
         autoencoders = {"teacher": teacher.autoencoder, "student": written.autoencoder}
@@ -109,7 +112,30 @@ def distill_decoder(
         "text_encoder": teacher.text_encoder.state_dict(),
         "unet": teacher.unet.state_dict(),
     }
-    return write_student(out, model, weights, teaching, ("decoder",), figures, card_rows)
+    return write_student(out, model, weights, teaching, ("decoder",) if donor is None else (), figures, card_rows)
+
+
+def load_donor(source: str | Path, teacher: Reference) -> Reference:
+    """A student whose decoder fits the teacher's latents as it is: one with the same encoder, weight by weight.
+
+    Raises `TrainingError` if it is not.
+    """
+    donor = load_reference(source)
+    if not donor.model["autoencoder"].get("small_decoder"):
+        raise TrainingError(f"{donor.directory} has no small decoder to take; give what --recipe decoder wrote")
+
+    def latents(reference: Reference) -> dict[str, Tensor]:
+        weights = reference.autoencoder.state_dict().items()
+        return {name: value for name, value in weights if name.split(".")[0] in ("encoder", "quant_conv", "quantizer")}
+
+    own, theirs = latents(teacher), latents(donor)
+    same = own.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in own.items())
+    if not same or donor.model["scale_factor"] != teacher.model["scale_factor"]:
+        raise TrainingError(
+            f"the latents of {donor.directory} are not those of {teacher.directory}: their encoders differ; "
+            "distil a decoder from this one, without --init-from"
+        )
+    return donor
 
 
 def describe_decoder(teacher: Reference, config: DecoderConfig) -> dict[str, Any]:

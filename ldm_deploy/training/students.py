@@ -28,7 +28,7 @@ Rows = Callable[[Mapping[str, Any]], Sequence[tuple[str, str, str, str]]]
 
 @dataclass(frozen=True)
 class Teaching:
-    """Who teaches what, with which configuration (as JSON) and data."""
+    """Who teaches what, with which configuration (as JSON) and data. `donor`: whose part is taken over, untrained."""
 
     teacher: Reference
     recipe: str
@@ -37,6 +37,7 @@ class Teaching:
     data: str | Path
     images: ImageSet
     trained_on: int  # images
+    donor: Reference | None = None
 
     @property
     def parents(self) -> dict[str, str]:
@@ -51,7 +52,8 @@ class Teaching:
     def command(self, out: Path) -> str:
         data = self.data if str(self.data) == "photos" else Path(self.data).name
         words = ["ldm-deploy", "distill", self.teacher.directory.name, "--recipe", self.recipe]
-        return shlex.join([*words, "--config", self.config_name, "--data", str(data), "--out", out.name])
+        words += ["--config", self.config_name, "--data", str(data), "--out", out.name]
+        return shlex.join(words if self.donor is None else [*words, "--init-from", self.donor.directory.name])
 
 
 def load_teacher(reference: str | Path, out: Path) -> Reference:
@@ -107,6 +109,10 @@ def write_student(
         "stages": {stage: summarise_log(logs / f"{stage}.jsonl") for stage in stages},
         "config": dict(teaching.config),
     }
+    if teaching.donor is not None:
+        digest = source_digest(teaching.donor.directory)
+        record["init_from"] = {"name": teaching.donor.model["name"], "digest": digest}
+    model = {key: value for key, value in model.items() if key != "shared"}
     if team.first:
         with staged_directory(out) as staging:
             save_reference(staging, model, weights)
@@ -133,6 +139,7 @@ def student_card(model: Mapping[str, Any], record: Mapping[str, Any], rows: Sequ
         "with. "
         f"Licence: {model['license']}.",
         "",
+        *_taken_over(record),
         "## Made by",
         "",
         f"    {record['command']}",
@@ -140,9 +147,9 @@ def student_card(model: Mapping[str, Any], record: Mapping[str, Any], rows: Sequ
         f"Data: {data['images_trained_on']} images (digest `{data['digest']}`; {data['held_out']} images held out). "
         f"torch {record['torch']}, {where}, seed {config['seed']}.",
         "",
-        "| stage | steps | batch | learning rate | minutes | final loss |",
-        "|---|---|---|---|---|---|",
     ]
+    if record["stages"]:
+        lines += ["| stage | steps | batch | learning rate | minutes | final loss |", "|---|---|---|---|---|---|"]
     training = config["training"]
     for stage, summary in record["stages"].items():
         lines.append(
@@ -152,6 +159,11 @@ def student_card(model: Mapping[str, Any], record: Mapping[str, Any], rows: Sequ
     lines += ["", "## Figures", "", "| figure | teacher | student | how |", "|---|---|---|---|"]
     lines += [f"| {name} | {of_teacher} | {of_student} | {how} |" for name, of_teacher, of_student, how in rows]
     return "\n".join(lines) + "\n"
+
+
+def _taken_over(record: Mapping[str, Any]) -> tuple[str, ...]:
+    donor = record.get("init_from")
+    return () if donor is None else (f"The part is that of `{donor['name']}` (digest `{donor['digest']}`).", "")
 
 
 def describe_figure(value: float | None, unit: str = "") -> str:

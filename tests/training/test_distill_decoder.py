@@ -13,7 +13,7 @@ from torch import nn
 from ldm_deploy.config import AutoencoderConfig
 from ldm_deploy.errors import ArtifactError, ConfigError, DataError, TrainingError
 from ldm_deploy.models.autoencoder import Autoencoder
-from ldm_deploy.models.reference import load_reference
+from ldm_deploy.models.reference import WEIGHTS, load_reference, save_reference
 from ldm_deploy.models.small_decoder import SmallDecoder
 from ldm_deploy.models.torch_engine import torch_pipeline
 from ldm_deploy.training import distill_decoder as module
@@ -120,6 +120,35 @@ def test_it_learns_what_the_teacher_draws(make_teacher, tmp_path):
     lines = (tmp_path / "out.training" / "decoder.jsonl").read_text().splitlines()
     first, *_, last = [json.loads(line)["loss"] for line in lines]
     assert last < 0.85 * first
+
+
+def test_a_decoder_of_the_same_latents_is_taken_as_it_is(make_teacher, tmp_path):
+    path = make_teacher()
+    distil(path, tmp_path / "small")
+    other = load_reference(path)
+    save_reference(tmp_path / "small", other.model, {name: getattr(other, name).state_dict() for name in WEIGHTS})
+    with pytest.raises(TrainingError, match="has no small decoder to take"):
+        distil(path, tmp_path / "out", init_from=tmp_path / "small")
+    (tmp_path / "small").rename(tmp_path / "student")  # a student of the same autoencoder, with another U-Net
+    distil(path, tmp_path / "small", resume=True)
+    model = {**other.model, "name": "few-steps"}
+    unet = {name: value + 1 for name, value in other.unet.state_dict().items()}
+    weights = {name: getattr(other, name).state_dict() for name in ("autoencoder", "text_encoder")}
+    save_reference(tmp_path / "student", model, {**weights, "unet": unet})
+    record = distil(tmp_path / "student", tmp_path / "both", init_from=tmp_path / "small")
+    both, small = load_reference(tmp_path / "both"), load_reference(tmp_path / "small")
+    assert both.model["name"] == "few-steps-small-decoder"
+    for name, value in both.autoencoder.state_dict().items():
+        assert torch.equal(value, small.autoencoder.state_dict()[name])
+    assert torch.equal(both.unet.conv_in.bias, (other.unet.conv_in.bias + 1).half().float())
+    assert record["stages"] == {}
+    card = (tmp_path / "both" / "README.md").read_text()
+    assert f"The part is that of `tiny-small-decoder` (digest `{record['init_from']['digest']}`)." in card
+    assert "--init-from small" in card
+    weights["autoencoder"] = {name: value + 0.5 for name, value in weights["autoencoder"].items()}
+    save_reference(tmp_path / "student", model, {**weights, "unet": unet})
+    with pytest.raises(TrainingError, match="their encoders differ; distil a decoder from this one"):
+        distil(tmp_path / "student", tmp_path / "out", init_from=tmp_path / "small")
 
 
 def test_a_small_encoder_is_distilled_where_asked(make_teacher, tmp_path):
