@@ -281,7 +281,7 @@ def test_bad_data_and_an_existing_directory_are_named(make_teacher, tmp_path):
         ("caption_dropout = 2.0", "caption_dropout is 2.0; allowed: 0 to 1"),
         ("[training]\nbatch_size = 0", "training.batch_size is 0; give 1 or more"),
         ("[training]\nresolutions = [32]\ngrow_at = [2]", "not for pruning"),
-        ("speed = 2.0", "unknown key 'speed'; did you mean 'speedup'"),
+        ("speedups = 2.0", "unknown key 'speedups'; did you mean 'speedup'"),
     ],
 )
 def test_a_configuration_that_cannot_be_is_refused(tmp_path, text, message):
