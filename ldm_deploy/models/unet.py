@@ -165,7 +165,7 @@ class UNet(nn.Module):
         if part == "transformer":
             stage.transformer = None
         else:
-            stage.block = Shortcut(cast("nn.Module", stage.block.shortcut))
+            stage.block = Shortcut(stage.block.shortcut)
 
     def _remove_innermost(self) -> None:
         """As Kim et al. 2023 (arXiv:2305.15798, section 3.1) do. The first stage above then reads its skip connection

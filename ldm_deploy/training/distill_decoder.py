@@ -322,6 +322,11 @@ def card_rows(figures: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
         "decoder_parameters": ("decoder, parameters", "", ""),
     }
     return [
-        (name, *(describe_figure(figures[who].get(key), unit) for who in ("teacher", "student")), how)
+        (
+            name,
+            describe_figure(figures["teacher"].get(key), unit),
+            describe_figure(figures["student"].get(key), unit),
+            how,
+        )
         for key, (name, unit, how) in named.items()
     ]

@@ -79,7 +79,7 @@ def trajectory_points(teacher: Reference, count: int, seed: int) -> Inputs:
     """
     pipeline = torch_pipeline(teacher)
     listener = _Listener(pipeline.components["unet"])
-    pipeline = pipeline.with_engines({"unet": listener})  # type: ignore[dict-item]
+    pipeline = pipeline.with_engines({"unet": listener})
     prompts = teacher.model.get("prompts", {}).get("calibration") or [""]
     for steps in teacher.model.get("distilled", {}).get("steps", [STEPS]):
         pipeline.sample_latents(list(prompts), seed, steps=steps)
