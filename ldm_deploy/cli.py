@@ -220,7 +220,7 @@ def distill(
     data: Annotated[str | None, Option("--data", metavar="PATH", help="A folder, a zip or 'photos'.")] = None,
     config: Annotated[str | None, Option("--config", metavar="C", help="A preset or a TOML file.")] = None,
     method: Annotated[str | None, Option("--method", metavar="M", help="Of steps: consistency, progressive.")] = None,
-    init_from: Annotated[str | None, Option("--init-from", metavar="DIR", help="Of steps: a pruned student.")] = None,
+    init_from: Annotated[str | None, Option("--init-from", metavar="DIR", help="A pruned U-Net; a decoder.")] = None,
     resume: Annotated[bool, Option("--resume", help="Go on where a killed run stopped.")] = False,
     json: Json = None,
     seed: Annotated[int | None, Option("--seed", min=0, help="Instead of the configuration's.")] = None,
@@ -233,8 +233,16 @@ def distill(
     if recipe == "steps":
         run = commands.stage_function("ldm_deploy.training.distill_steps", "distill_steps")
         return run(reference, images, out, method=method, init_from=init_from, **options), 0
-    if method is not None or init_from is not None:
-        raise ConfigError(f"--method and --init-from are for --recipe steps, not {recipe}; leave them out")
+    if method is not None:
+        raise ConfigError(f"--method is for --recipe steps, not {recipe}; leave it out")
+    if init_from is not None and recipe == "prune":
+        raise ConfigError("--init-from is for --recipe steps and --recipe decoder, not prune; leave it out")
+    if recipe == "decoder":
+        from ldm_deploy.eval.lpips_distance import Lpips
+        from ldm_deploy.eval.reference import measure_reconstruction
+
+        options |= {"measure": measure_reconstruction, "perceptual": lambda backbone: Lpips(backbone).as_loss()}
+        options["init_from"] = init_from
     module = {"decoder": "distill_decoder", "prune": "prune"}[recipe]
     run = commands.stage_function(f"ldm_deploy.training.{module}", module)
     return run(reference, images, out, **options), 0

@@ -93,6 +93,20 @@ class StageConfig:
         """Height and width in pixels at `step`; `final` after the last growth."""
         return next((size for size, end in zip(self.resolutions, self.grow_at, strict=True) if step < end), final)
 
+    def check(self, name: str) -> None:
+        """Raises `ConfigError` in the words of the section `name`."""
+        for key in ("steps", "batch_size", "checkpoint_every", "accumulation"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"{name}.{key} is {getattr(self, key)}; give 1 or more")
+        if self.accumulation > self.batch_size:
+            raise ConfigError(
+                f"{name}.accumulation is {self.accumulation}; "
+                f"a batch of {self.batch_size} has no more parts than images"
+            )
+        bounds = (0, *self.restarts, self.steps)
+        if any(later <= earlier for earlier, later in itertools.pairwise(bounds)):
+            raise ConfigError(f"{name}.restarts is {list(bounds[1:-1])}; give rising steps between 0 and {bounds[-1]}")
+
     def check_growth(self, name: str, final: int, multiple: int) -> None:
         """Raises `ConfigError` in the words of the section `name`; `final` and `multiple` in pixels."""
         bounds = (0, *self.grow_at, self.steps)
@@ -238,17 +252,7 @@ class Config:
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; allowed: 0 to 1")
         for stage in ("autoencoder_training", "diffusion_training"):
-            for name in ("steps", "batch_size", "checkpoint_every", "accumulation"):
-                if getattr(getattr(self, stage), name) < 1:
-                    raise ConfigError(f"{stage}.{name} is {getattr(getattr(self, stage), name)}; give 1 or more")
-            batch, parts = getattr(self, stage).batch_size, getattr(self, stage).accumulation
-            if parts > batch:
-                raise ConfigError(f"{stage}.accumulation is {parts}; a batch of {batch} has no more parts than images")
-            bounds = (0, *getattr(self, stage).restarts, getattr(self, stage).steps)
-            if any(later <= earlier for earlier, later in itertools.pairwise(bounds)):
-                raise ConfigError(
-                    f"{stage}.restarts is {list(bounds[1:-1])}; give rising steps between 0 and {bounds[-1]}"
-                )
+            getattr(self, stage).check(stage)
         self.autoencoder_training.check_growth("autoencoder_training", self.resolution, self.autoencoder.downsampling)
         self.diffusion_training.check_growth("diffusion_training", self.resolution, self.size_multiple)
 

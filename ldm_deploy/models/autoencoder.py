@@ -6,7 +6,8 @@ Oord et al. 2017, arXiv:1711.00937.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from ldm_deploy.models.layers import (
     Upsample,
     normalization,
 )
+from ldm_deploy.models.small_decoder import SmallDecoder, SmallEncoder
 from ldm_deploy.models.vq import VectorQuantizer
 
 LOGVAR_RANGE = (-30.0, 20.0)
@@ -79,6 +81,11 @@ class Decoder(nn.Module):
         layers += [normalization(width, groups, EPS[layout]), nn.SiLU()]
         self.layers = nn.Sequential(*layers, nn.Conv2d(width, 3, 3, padding=1))
 
+    @property
+    def last_layer(self) -> Tensor:
+        """The weight that an adversary's loss is balanced at."""
+        return cast("nn.Conv2d", self.layers[-1]).weight
+
     def forward(self, latent: Tensor) -> Tensor:
         return self.layers(latent)
 
@@ -89,6 +96,8 @@ class Autoencoder(nn.Module):
     With `kind` "vq" there is no Gaussian: the log-variance is its lower limit, and the decoder begins with a codebook
     of `codebook_size` entries (`models/vq.py`). Level i has ch · ch_mult[i] channels, from the image's resolution down;
     downsampling factor f = 2^(levels - 1). Heights and widths must be multiples of f.
+    `small_encoder`, `small_decoder`: the arguments of a distilled one that takes the place of the full one
+    (`models/small_decoder.py`); outside it there are no 1x1 convolutions then.
     """
 
     def __init__(
@@ -102,18 +111,28 @@ class Autoencoder(nn.Module):
         kind: str = "kl",
         codebook_size: int = 8192,
         dropout: float = 0.0,
+        small_encoder: Mapping[str, Any] | None = None,
+        small_decoder: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         widths = tuple(ch * factor for factor in ch_mult)
         self.widths, self.num_res_blocks, self.z_channels = widths, num_res_blocks, z_channels
         self.norm_groups, self.layout, self.kind = norm_groups, layout, kind
         moments = z_channels if kind == "vq" else 2 * z_channels
-        self.encoder = Encoder(widths, num_res_blocks, moments, norm_groups, layout)
         compact = layout == "compact"
-        self.quant_conv = nn.Identity() if compact else nn.Conv2d(moments, moments, 1)
+        self.encoder: Encoder | SmallEncoder
+        self.decoder: Decoder | SmallDecoder
+        if small_encoder is None:
+            self.encoder = Encoder(widths, num_res_blocks, moments, norm_groups, layout)
+        else:
+            self.encoder = SmallEncoder(moments, **small_encoder)
+        self.quant_conv = nn.Identity() if compact or small_encoder else nn.Conv2d(moments, moments, 1)
         self.quantizer = VectorQuantizer(codebook_size, z_channels) if kind == "vq" else nn.Identity()
-        self.post_quant_conv = nn.Identity() if compact else nn.Conv2d(z_channels, z_channels, 1)
-        self.decoder = Decoder(widths, num_res_blocks, z_channels, norm_groups, layout)
+        self.post_quant_conv = nn.Identity() if compact or small_decoder else nn.Conv2d(z_channels, z_channels, 1)
+        if small_decoder is None:
+            self.decoder = Decoder(widths, num_res_blocks, z_channels, norm_groups, layout)
+        else:
+            self.decoder = SmallDecoder(z_channels, **small_decoder)
         for module in self.modules():
             if isinstance(module, Dropout):
                 module.rate = dropout

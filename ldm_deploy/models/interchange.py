@@ -71,9 +71,16 @@ def load_autoencoder(directory: Path) -> tuple[Autoencoder, dict[str, Any]]:
 def save_autoencoder(module: Autoencoder, directory: Path, scale_factor: float, sample_size: int) -> None:
     """Write an AutoencoderKL directory that diffusers loads. `sample_size`: pixels, recorded only.
 
-    Raises `ArtifactError` for a network that is not of layout "sd1".
+    Raises `ArtifactError` for a network that is not of layout "sd1", or has a distilled part.
     """
+    from ldm_deploy.models.autoencoder import Decoder, Encoder
+
     _check_layout(module, directory)
+    if not (isinstance(module.encoder, Encoder) and isinstance(module.decoder, Decoder)):
+        raise ArtifactError(
+            f"{directory}: a distilled encoder or decoder has no place in diffusers' AutoencoderKL; "
+            "save the autoencoder that it was distilled from"
+        )
     widths, groups = module.widths, module.norm_groups
     config = {
         "_class_name": "AutoencoderKL",
@@ -133,6 +140,8 @@ def save_unet(module: UNet, directory: Path, sample_size: int) -> None:
     _check_layout(module, directory)
     if module.guidance_embedding is not None:
         raise ArtifactError(f"{directory}: diffusers has no place for a student's guidance; export it to ONNX instead")
+    if module.removed:
+        raise ArtifactError(f"{directory}: diffusers has no place for a pruned U-Net; export it to ONNX instead")
     levels = range(len(module.channels))
     config = {
         "_class_name": "UNet2DConditionModel",

@@ -204,11 +204,14 @@ class DownsampleAsymmetric(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double height and width: nearest neighbour, then a convolution (Odena et al. 2016, against checkerboards)."""
+    """Double height and width: nearest neighbour, then a convolution (Odena et al. 2016, against checkerboards).
 
-    def __init__(self, channels: int) -> None:
+    `out_channels`: as many as before where it is not given.
+    """
+
+    def __init__(self, channels: int, out_channels: int | None = None) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = nn.Conv2d(channels, out_channels or channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(functional.interpolate(x, scale_factor=2.0, mode="nearest"))

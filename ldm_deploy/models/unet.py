@@ -7,6 +7,7 @@ Rombach et al. 2022, arXiv:2112.10752, section 3.3.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +26,36 @@ from ldm_deploy.models.layers import (
 GUIDANCE_UNIT = 100.0
 
 
-class Stage(nn.Module):
-    """A residual block and, where the level has attention, a spatial transformer."""
+# What `removed` calls the lowest level as a whole, with the middle and the convolutions that lead there and back.
+INNERMOST = "innermost"
 
-    def __init__(self, block: ResidualBlock, transformer: SpatialTransformer | None) -> None:
+
+class Shortcut(nn.Module):
+    """What is left of a residual block when its branch is removed."""
+
+    def __init__(self, shortcut: nn.Module) -> None:
+        super().__init__()
+        self.shortcut = shortcut
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        return self.shortcut(x)
+
+
+class Removed(nn.Module):
+    """Holds the place of a layer that is gone, so that those after it keep their names."""
+
+
+class Stage(nn.Module):
+    """A residual block and, where the level has attention, a spatial transformer.
+
+    `alone`: on the way up, nothing comes from below and the input is the skip connection.
+    """
+
+    def __init__(self, block: ResidualBlock | Shortcut, transformer: SpatialTransformer | None) -> None:
         super().__init__()
         self.block = block
         self.transformer = transformer
+        self.alone = False
 
     def forward(self, x: Tensor, embedding: Tensor, context: Tensor) -> Tensor:
         x = self.block(x, embedding)
@@ -48,6 +72,7 @@ class UNet(nn.Module):
     `guidance_embedding`: there is a fourth input, guidance_scale float (batch), what a student of guided predictions is
     told (Meng et al. 2023, arXiv:2210.03142, section 3.1). It enters beside the timestep, through a projection that
     starts at zero: an untrained one changes nothing.
+    `removed`: what pruning took away, names as `removable` gives them.
     """
 
     def __init__(
@@ -61,8 +86,10 @@ class UNet(nn.Module):
         layout: str,
         context_channels: int,
         guidance_embedding: bool = False,
+        removed: Sequence[str] = (),
     ) -> None:
         super().__init__()
+        self.removed: tuple[str, ...] = ()
         self.channels, self.num_heads = tuple(channels), tuple(num_heads)
         self.num_res_blocks, self.attention_levels = num_res_blocks, tuple(attention_levels)
         self.norm_groups, self.layout, self.context_channels = norm_groups, layout, context_channels
@@ -108,6 +135,60 @@ class UNet(nn.Module):
         self.out = nn.Sequential(
             normalization(width, norm_groups), nn.SiLU(), zero_initialized(nn.Conv2d(width, in_channels, 3, padding=1))
         )
+        for name in removed:
+            self.remove(name)
+
+    def removable(self) -> list[str]:
+        """What can be removed: the branch of a residual block ("down.0.block": its shortcut stays), a transformer
+        ("down.2.transformer"), and, where there are levels above it, the lowest one ("innermost")."""
+        found = []
+        for side in ("down", "middle", "up"):
+            for index, layer in enumerate(getattr(self, side)):
+                if isinstance(layer, Stage):
+                    found += [f"{side}.{index}.block"] if isinstance(layer.block, ResidualBlock) else []
+                    found += [f"{side}.{index}.transformer"] if layer.transformer is not None else []
+        return found + ([INNERMOST] if len(self.channels) > 1 and INNERMOST not in self.removed else [])
+
+    def remove(self, name: str) -> None:
+        """Take a part away, for good; what is left keeps its weights and their names.
+
+        Raises `ValueError` if there is no such part.
+        """
+        if name not in self.removable():
+            raise ValueError(f"the U-Net has no part {name!r} to remove; there are: {', '.join(self.removable())}")
+        self.removed = (*self.removed, name)
+        if name == INNERMOST:
+            self._remove_innermost()
+            return
+        place, _, part = name.rpartition(".")
+        stage = cast("Stage", self.get_submodule(place))
+        if part == "transformer":
+            stage.transformer = None
+        else:
+            stage.block = Shortcut(stage.block.shortcut)
+
+    def _remove_innermost(self) -> None:
+        """As Kim et al. 2023 (arXiv:2305.15798, section 3.1) do. The first stage above then reads its skip connection
+        alone, with the weights that it read it with before."""
+        own = self.num_res_blocks + 1  # layers of the level on either way, with the one that changes the size
+        del self.down[-own:]
+        self.middle = nn.ModuleList()
+        for index in range(own + 1):
+            self.up[index] = Removed()
+        self.removed = tuple(name for name in self.removed if name == INNERMOST or self._is_there(name))
+        above = cast("Stage", self.up[own + 1])
+        above.alone = True
+        skip = self.channels[-2]
+        above.block.shortcut = _narrowed(cast("nn.Conv2d", above.block.shortcut), skip)
+        if isinstance(above.block, ResidualBlock):
+            norm, above.block.norm1 = above.block.norm1, normalization(skip, self.norm_groups)
+            above.block.norm1.load_state_dict({key: value[-skip:] for key, value in norm.state_dict().items()})
+            above.block.conv1 = _narrowed(above.block.conv1, skip)
+
+    def _is_there(self, name: str) -> bool:
+        side, index, *_ = name.split(".")
+        layers = getattr(self, side)
+        return int(index) < len(layers) and not isinstance(layers[int(index)], Removed)
 
     def forward(
         self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, guidance_scale: Tensor | None = None
@@ -127,8 +208,19 @@ class UNet(nn.Module):
         for layer in self.middle:
             x = layer(x, embedding, encoder_hidden_states)
         for layer in self.up:
+            if isinstance(layer, Removed):
+                continue
             if isinstance(layer, Stage):
-                x = layer(torch.cat([x, skips.pop()], dim=1), embedding, encoder_hidden_states)
+                skip = skips.pop()
+                x = layer(skip if layer.alone else torch.cat([x, skip], dim=1), embedding, encoder_hidden_states)
             else:
                 x = layer(x)
         return self.out(x)
+
+
+def _narrowed(layer: nn.Conv2d, channels: int) -> nn.Conv2d:
+    """The same convolution of the last `channels` of its input."""
+    size, padding = layer.kernel_size[0], layer.padding[0]
+    result = nn.Conv2d(channels, layer.out_channels, size, padding=cast("int", padding))
+    result.load_state_dict({**layer.state_dict(), "weight": layer.weight.detach()[:, -channels:]})
+    return result.to(layer.weight.device).requires_grad_(layer.weight.requires_grad)

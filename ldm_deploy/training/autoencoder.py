@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm_deploy.config import Config
 from ldm_deploy.errors import TrainingError
@@ -87,7 +86,7 @@ def train_autoencoder(
     quantizer = model.quantizer if isinstance(model.quantizer, VectorQuantizer) else None
     if quantizer is not None and weights.codebook_averaged:
         quantizer.follow_mean()
-    last_layer = cast("nn.Conv2d", model.decoder.layers[-1]).weight
+    last_layer = model.decoder.last_layer
     used: list[tuple[slice, Tensor, Tensor]] = []  # rows, latents, codes of this step, for the codebook's statistics
     dropouts = [module for module in model.modules() if isinstance(module, Dropout) and module.rate]
 

@@ -211,6 +211,11 @@ def _what_matters(stage: StageConfig) -> dict[str, Any]:
 
 
 def _check_autoencoder(found: Mapping[str, Any], config: Config, init_from: str | Path | None) -> None:
+    if found.get("small_encoder") or found.get("small_decoder"):
+        raise TrainingError(
+            f"{init_from} has a distilled encoder or decoder, which is not trained further; "
+            "give the reference that it was distilled from"
+        )
     values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
     theirs = AutoencoderConfig(**values)
     if theirs != config.autoencoder:

@@ -14,10 +14,22 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ldm_deploy.config import PRESETS, AutoencoderConfig, AutoencoderLossConfig, ObjectiveConfig
 from ldm_deploy.models.reference import Reference, build_modules, describe
 from ldm_deploy.models.unet import UNet
-from ldm_deploy.training import autoencoder, diffusion, distill_consistency, distill_progressive, student
+from ldm_deploy.training import (
+    autoencoder,
+    diffusion,
+    distill_consistency,
+    distill_decoder,
+    distill_progressive,
+    prune,
+    student,
+)
 from ldm_deploy.training.data import ImageSet
+from ldm_deploy.training.decoder_config import PRESETS as DECODERS
 from ldm_deploy.training.distill_config import PRESETS as STUDENTS
 from ldm_deploy.training.processes import Processes
+from ldm_deploy.training.prune_choice import Choice
+from ldm_deploy.training.prune_config import PRESETS as PRUNED
+from tests.tiny_bundle import CONTEXT_LENGTH, VOCABULARY, write_tokenizer
 
 CUDA = Processes(device=torch.device("cuda", 0))
 
@@ -36,9 +48,10 @@ def gpu(monkeypatch):
 
     monkeypatch.setattr(nn.Module, "_apply", apply)
     monkeypatch.setattr(torch.Tensor, "item", lambda self: 0.5)
-    for module in (autoencoder, diffusion, distill_consistency, distill_progressive):
+    for module in (autoencoder, diffusion, distill_consistency, distill_decoder, distill_progressive, prune):
         monkeypatch.setattr(module, "processes", lambda: CUDA)
-    monkeypatch.setattr(student, "device_rng", lambda *rest: None)  # no generator of a GPU that is not there
+    for module in (student, distill_decoder, prune):
+        monkeypatch.setattr(module, "device_rng", lambda *rest: None)  # no generator of a GPU that is not there
     with FakeTensorMode():
         yield
 
@@ -56,10 +69,16 @@ def step(module, name, monkeypatch, train):
         return model.state_dict()
 
     monkeypatch.setattr(module, "run_stage", once)
-    monkeypatch.setattr(autoencoder, "adaptive_weight", lambda rebuilt, fooled, *rest: rebuilt / fooled)
-    monkeypatch.setattr(nn.Module, "load_state_dict", lambda self, state: None)
+    for place in (autoencoder, distill_decoder):
+        monkeypatch.setattr(place, "adaptive_weight", lambda rebuilt, fooled, *rest: rebuilt / fooled)
+    monkeypatch.setattr(nn.Module, "load_state_dict", lambda self, state, **options: None)
     model = train()
     assert {value.device.type for value in model.parameters()} == {"cpu"}  # what is written to disk
+
+
+def black_images():
+    none = np.zeros(4, bool)
+    return ImageSet(np.zeros((4, 32, 32, 3), np.uint8), [""] * 4, [""] * 4, none, none, "", [""] * 4)
 
 
 AUTOENCODERS = {
@@ -81,8 +100,7 @@ def test_a_step_of_the_autoencoder_is_on_the_gpu(gpu, monkeypatch, tmp_path, kin
     config = dataclasses.replace(
         PRESETS["tiny"], autoencoder=model, autoencoder_loss=loss, photo_fraction=0.0, unet=unet, autocast_bf16=False
     )
-    none = np.zeros(4, bool)
-    data = ImageSet(np.zeros((4, 32, 32, 3), np.uint8), [""] * 4, [""] * 4, none, none, "", [""] * 4)
+    data = black_images()
     step(
         autoencoder, "autoencoder", monkeypatch,
         lambda: autoencoder.train_autoencoder(config, data, tmp_path, "", resume=False),
@@ -107,6 +125,31 @@ def test_a_step_of_the_denoiser_is_on_the_gpu(gpu, monkeypatch, tmp_path):
         )
 
     step(diffusion, "diffusion", monkeypatch, train)
+
+
+@pytest.mark.parametrize("kind", AUTOENCODERS)
+def test_a_step_of_the_small_decoder_is_on_the_gpu(gpu, monkeypatch, tmp_path, kind):
+    full, _ = AUTOENCODERS[kind]
+    small = {"widths": (8,), "blocks": (1,)}
+    described = {
+        **dataclasses.asdict(full), "small_encoder": small, "small_decoder": {**small, "scale": 0.7}
+    }  # fmt: skip
+    model = {"autoencoder": described, "scale_factor": 0.7, "latent_channels": 4, "downsampling": 2}
+    config = dataclasses.replace(
+        DECODERS["tiny"], **small, encoder=True, perceptual_weight=0.1, gan_weight=0.1, disc_layers=1, disc_channels=8,
+        photo_fraction=0.0,
+    )  # fmt: skip
+    teacher = autoencoder.Autoencoder(**dataclasses.asdict(full)).requires_grad_(False)
+
+    def perceptual(one, other):
+        return (one - other).square().mean((1, 2, 3))
+
+    step(
+        distill_decoder, "decoder", monkeypatch,
+        lambda: distill_decoder.train_decoder(
+            config, teacher, model, black_images(), tmp_path, "", resume=False, perceptual=perceptual
+        ),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("method", ["consistency", "progressive"])
@@ -147,3 +190,22 @@ def test_a_step_of_distillation_is_on_the_gpu(gpu, monkeypatch, tmp_path, method
         monkeypatch.setattr(module, "run_stage", once)
         monkeypatch.setattr(module, "check_moved", lambda start, averages: None)
     distill()
+
+
+def test_a_step_of_a_pruned_unet_is_on_the_gpu(gpu, monkeypatch, tmp_path):
+    write_tokenizer(tmp_path / "tokenizer.json")
+    text_encoder = {"vocab_size": VOCABULARY, "context_length": CONTEXT_LENGTH, "width": 32, "layers": 1}
+    described = describe(PRESETS["tiny"], 0.7, {**text_encoder, "head_channels": 16}, {})
+    teacher = Reference(tmp_path, described, **build_modules(described))
+
+    def left(unet, *names):
+        return UNet(**described["unet"], removed=["innermost", "down.0.block"]).to(CUDA.device)
+
+    monkeypatch.setattr(prune, "without", left)
+    step(
+        prune, "prune", monkeypatch,
+        lambda: prune.train_pruned(
+            PRUNED["tiny"], teacher, Choice("flops", 1.0, ()), np.zeros((4, 32, 32, 3), np.uint8), ["one"] * 4, (),
+            tmp_path, "", resume=False,
+        ),
+    )  # fmt: skip
