@@ -181,7 +181,8 @@ class UNet(nn.Module):
         skip = self.channels[-2]
         above.block.shortcut = _narrowed(cast("nn.Conv2d", above.block.shortcut), skip)
         if isinstance(above.block, ResidualBlock):
-            norm, above.block.norm1 = above.block.norm1, normalization(skip, self.norm_groups)
+            norm, own_norm = above.block.norm1, normalization(skip, self.norm_groups)
+            above.block.norm1 = own_norm.to(norm.weight.device)
             above.block.norm1.load_state_dict({key: value[-skip:] for key, value in norm.state_dict().items()})
             above.block.conv1 = _narrowed(above.block.conv1, skip)
 
@@ -220,7 +221,7 @@ class UNet(nn.Module):
 
 def _narrowed(layer: nn.Conv2d, channels: int) -> nn.Conv2d:
     """The same convolution of the last `channels` of its input."""
-    size, padding = layer.kernel_size[0], layer.padding[0]
-    result = nn.Conv2d(channels, layer.out_channels, size, padding=cast("int", padding))
+    size, padding, device = layer.kernel_size[0], layer.padding[0], layer.weight.device
+    result = nn.Conv2d(channels, layer.out_channels, size, padding=cast("int", padding), device=device)
     result.load_state_dict({**layer.state_dict(), "weight": layer.weight.detach()[:, -channels:]})
-    return result.to(layer.weight.device).requires_grad_(layer.weight.requires_grad)
+    return result.requires_grad_(layer.weight.requires_grad)

@@ -90,6 +90,12 @@ def test_a_part_whose_output_is_zero_changes_nothing_when_it_goes(name):
     assert torch.equal(pruned(*inputs()), whole(*inputs()))
 
 
+def test_what_is_left_stays_on_its_device():
+    unet = build(TINY).to("meta")
+    unet.remove(INNERMOST)
+    assert {parameter.device.type for parameter in unet.parameters()} == {"meta"}
+
+
 def test_without_the_innermost_level_the_stage_above_reads_its_skip_connection_with_its_own_weights():
     whole = build(DEEP)
     pruned = copy.deepcopy(whole)
