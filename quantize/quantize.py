@@ -56,7 +56,8 @@ def quantize_bundle(
     from ldm_deploy.artifact import staged_directory
     from ldm_deploy.eval.budget import Budget, load_budget
     from ldm_deploy.eval.parity import read_probes
-    from ldm_deploy.progress import task
+    from ldm_deploy.progress import note, task
+    from ldm_deploy.quantize import cpu
     from ldm_deploy.quantize.candidates import batched, quantize_component
     from ldm_deploy.quantize.refine import BundleSearch
     from ldm_deploy.runtime.bundle import read_bundle, write_bundle
@@ -71,6 +72,8 @@ def quantize_bundle(
     for name in wanted:
         data.samples(name)  # refuses a set that has nothing for it before anything is built
 
+    if cpu.has_vnni() is False:
+        note("this CPU has no VNNI: products of 8 bits would saturate, weights get 7 bits")
     search = None
     if builds:
         search = BundleSearch(bundle, target, limits, data, out, wanted, builds=builds, seed=seed, threads=threads)

@@ -174,7 +174,7 @@ def test_what_cannot_be_done_is_said(source: Path, tmp_path: Path, ldm_deploy_cl
     with pytest.raises(ConfigError, match="precision 'w2' is unknown; allowed: int8, w8, w4"):
         quantize_weights(source, tmp_path / "out", precision="w2", **common)
     with pytest.raises(
-        QuantizationError, match="unet2 cannot be quantized: .* has fp32 engines for onnxruntime-cpu of"
+        QuantizationError, match=r"unet2 cannot be quantized: .* has fp32 engines for onnxruntime-cpu of"
     ):
         quantize_weights(source, tmp_path / "out", precision="w8", components=["unet2"], **common)
     ran = ldm_deploy_cli(
