@@ -30,7 +30,7 @@ from ldm_deploy.artifact import atomic_write_json
 from ldm_deploy.diffusion.schedule import Schedule
 from ldm_deploy.eval.latency import compare_engines
 from ldm_deploy.eval.machine import machine
-from ldm_deploy.eval.metrics import psnr_db
+from ldm_deploy.eval.metrics import psnr_db_of
 from ldm_deploy.eval.parity import Probe, read_probes, write_probes
 from ldm_deploy.eval.speedup import speedup
 from ldm_deploy.export.to_onnx import component_axes, export_module
@@ -352,7 +352,8 @@ def _psnr(spec: Spec, folder: Path, threads: int | None) -> float:
         np.concatenate([next(iter(outputs.values())) for outputs in both])
         for both in ([probe.outputs for probe in probes], [engine.run(probe.inputs) for probe in probes])
     )
-    return psnr_db(expected, np.clip(found, expected.min(), expected.max()), peak=float(np.ptp(expected)))
+    mse = np.mean((expected.astype(np.float64) - found.astype(np.float64)) ** 2)
+    return float(psnr_db_of(mse, peak=float(np.ptp(expected))))
 
 
 def benchmark(model: str, work: Path, rounds: int, threads: int | None, only: str | None) -> dict[str, Any]:

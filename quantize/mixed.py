@@ -132,7 +132,7 @@ class _Bench:
         if self.drawing is None:
             errors = compare_outputs(engine, self.probes, np.inf).errors
             # ‖error‖ / ‖reference‖ as dB below the reference: there are no images to compare.
-            return float(-10 * np.log10(max(np.mean(np.square(errors)), 1e-10)))
+            return float(-10 * np.log10(max(float(np.mean(np.square(errors))), 1e-10)))
         if self._reference is None:
             fp32 = next(iter(self.kit.siblings().values()))
             self._reference = self.drawing.images(self.component, self.kit.open_spec(fp32))

@@ -121,13 +121,16 @@ class OnnxRuntimeKit:
 
     def calibrate(self, observed: Samples, held_out: Samples, folder: Path) -> None:
         """Observe, and take the way to choose ranges that errs least on samples which the ranges have not seen."""
+        if not any(self.layers(recipe) for recipe in self.recipes.values()):
+            return
         self._histograms = observe_graph(self.model_path, observed, threads=self.threads)
         reference = OnnxRuntimeEngine(self.model_path, threads=self.threads)
         probes = [Probe(feeds, reference.run(feeds)) for feeds in held_out]
         errors: dict[str, float] = {}
         path = folder / "ranges.onnx"
         for method in RANGE_METHODS:
-            recipe = replace(self.settle(next(iter(self.recipes.values()))), range_method=method)  # type: ignore[call-arg]
+            self._method = method
+            recipe = self.settle(next(iter(self.recipes.values())))
             try:
                 self.build(path, recipe)
             except QuantizationError:
@@ -139,7 +142,8 @@ class OnnxRuntimeKit:
         self._method = min(errors, key=lambda name: errors[name] if np.isfinite(errors[name]) else np.inf)
 
     def settle(self, recipe: AnyRecipe) -> AnyRecipe:
-        return replace(recipe, range_method=self._method, reduce_range=has_vnni() is False)  # type: ignore[call-arg]
+        assert isinstance(recipe, Recipe)
+        return replace(recipe, range_method=self._method, reduce_range=has_vnni() is False)
 
     def layers(self, recipe: AnyRecipe) -> list[LayerInfo]:
         assert isinstance(recipe, Recipe)

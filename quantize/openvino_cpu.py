@@ -67,7 +67,6 @@ class OpenVinoKit:
         self._bf16 = bf16
         self._quantized: dict[tuple[float | None, bool], Path] = {}
         self._alpha: float | None = None
-        self._layers: list[LayerInfo] | None = None
 
     def calibrate(self, observed: Samples, held_out: Samples, folder: Path) -> None:
         """Quantize with each of `ALPHAS` and keep the one that errs least on samples which it has not seen."""
@@ -104,10 +103,9 @@ class OpenVinoKit:
             self._quantized[key] = path
 
     def settle(self, recipe: AnyRecipe) -> AnyRecipe:
+        assert isinstance(recipe, OpenVinoRecipe)
         rest = "bf16" if has_bf16() else "fp32"
-        return replace(  # type: ignore[call-arg]
-            recipe, smooth_quant_alpha=self._alpha, rest=rest, reduce_range=has_vnni() is False
-        )
+        return replace(recipe, smooth_quant_alpha=self._alpha, rest=rest, reduce_range=has_vnni() is False)
 
     def layers(self, recipe: AnyRecipe) -> list[LayerInfo]:
         known = layers_of(_read(self.model_path))

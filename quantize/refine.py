@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -11,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ldm_deploy.artifact import atomic_write_json, content_key
+from ldm_deploy.artifact import content_key
+from ldm_deploy.errors import QuantizationError
 from ldm_deploy.eval.machine import machine, usable_threads
 from ldm_deploy.eval.studies import read_studies
 from ldm_deploy.quantize.calibration import PROMPTS, CalibrationSet
@@ -66,7 +66,7 @@ class BundleSearch:
         else:
             self.psnr_db_min = -20 * math.log10(max(limits.parity_limit("int8", name) for name in wanted))
         self.studies: list[dict[str, Any]] = []
-        self.found: dict[str, Any] = {}
+        self.searches: list[dict[str, Any]] = []
         self.refused: list[dict[str, Any]] = []
 
     def refine(
@@ -82,30 +82,33 @@ class BundleSearch:
         """The engine of the best assignment, or None with the reason and the closest ones in `refused`."""
         from ldm_deploy.progress import task
 
-        with task(f"searching {component}", self.builds) as advance:
-            mixed = mix_component(
-                component, kit, folder, probes, limit, feeds, self.drawing, psnr_db_min=self.psnr_db_min,
-                builds=self.builds, start=start, journals=self.journals, seed=self.seed, advance=advance,
-            )  # fmt: skip
-        self.studies.append(mixed.study)
-        self.found[f"{component}-{self.target}"] = mixed.found.to_dict()
-        if mixed.candidate is None:
-            closest = "; ".join(
-                f"{one.psnr_db:.1f} dB at {one.speedup:.2f}x with {len(one.layers)} layers"
-                for one in mixed.found.closest()
-            )
-            runtime, _, device = self.target.partition("-")
-            reason = (
-                f"{component}: none of {len(mixed.found.measured)} assignments keeps {self.psnr_db_min:.1f} dB and is "
-                f"faster than float; closest: {closest or 'none was correct'}"
-            )
-            self.refused.append(
-                {
-                    "name": f"{component}-int8-{self.target} (searched)", "component": component, "runtime": runtime,
-                    "device": device, "precision": "int8", "reason": reason, "parity": None, "speedup": None,
-                }
-            )  # fmt: skip
-        return mixed.candidate
+        runtime, _, device = self.target.partition("-")
+        about = {"component": component, "runtime": runtime, "device": device, "precision": "int8"}
+        candidate, reason = None, None
+        try:
+            with task(f"searching {component}", self.builds) as advance:
+                mixed = mix_component(
+                    component, kit, folder, probes, limit, feeds, self.drawing, psnr_db_min=self.psnr_db_min,
+                    builds=self.builds, start=start, journals=self.journals, seed=self.seed, advance=advance,
+                )  # fmt: skip
+            self.studies.append(mixed.study)
+            self.searches.append({**about, "psnr_db_min": self.psnr_db_min, "measured": mixed.found.to_list()})
+            candidate = mixed.candidate
+            if candidate is None:
+                closest = "; ".join(
+                    f"{one.psnr_db:.1f} dB at {one.speedup:.2f}x with {len(one.layers)} layers"
+                    for one in mixed.found.closest()
+                )
+                reason = (
+                    f"{component}: none of {len(mixed.found.measured)} assignments keeps {self.psnr_db_min:.1f} dB and "
+                    f"is faster than float; closest: {closest or 'none was correct'}"
+                )
+        except QuantizationError as error:  # the fixed recipes are there all the same
+            reason = str(error)
+        if reason is not None:
+            name = f"{component}-int8-{self.target} (searched)"
+            self.refused.append({"name": name, **about, "reason": reason, "parity": None, "speedup": None})
+        return candidate
 
     def write(self, root: Path, engines: Sequence[Mapping[str, Any]]) -> None:
         """sensitivity.json and search.json in the bundle `root`, with what other targets left there."""
@@ -124,6 +127,8 @@ class BundleSearch:
                 "studies": [*earlier["studies"], *self.studies],
             }
             write_study("sensitivity", content, root)
-        path = root / "search.json"
-        before = json.loads(path.read_text(encoding="utf-8"))["found"] if path.is_file() else {}
-        atomic_write_json(path, {"format": 1, "psnr_db_min": self.psnr_db_min, "found": {**before, **self.found}})
+        if self.searches:
+            earlier = read_studies(root).get("search", {"searches": []})
+            created = datetime.now(UTC).isoformat(timespec="seconds")
+            content = {"format": 1, "created": created, "searches": [*earlier["searches"], *self.searches]}
+            write_study("search", content, root)

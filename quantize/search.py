@@ -57,12 +57,14 @@ class Found:
         """Those with the best quality: what to look at where nothing keeps the budget."""
         return sorted((m for m in self.measured if m.refused is None), key=lambda m: -m.psnr_db)[:count]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_list(self) -> list[dict[str, Any]]:
+        """`measured` of search.json."""
         front = self.pareto()
-        return {
-            "best": None if self.best is None else asdict(self.best),
-            "measured": [{**asdict(one), "pareto": one in front} for one in self.measured],
-        }
+        return [
+            {**asdict(one), "layers": list(one.layers), "ci95": list(one.ci95)}
+            | {"pareto": one in front, "best": one == self.best}
+            for one in self.measured
+        ]
 
 
 Measure = Callable[[Sequence[str]], Measured]

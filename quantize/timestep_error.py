@@ -165,5 +165,5 @@ def _psnr_rows(reference: np.ndarray, candidate: np.ndarray, count: int) -> list
     for row in range(count):
         first, second = reference[row::count].astype(np.float64), candidate[row::count].astype(np.float64)
         peak = float(np.ptp(first)) or 1.0  # a constant has no range; only its equal is like it
-        values.append(float(psnr_db_of(np.mean((first - second) ** 2), peak=peak)))
+        values.append(float(psnr_db_of(float(np.mean((first - second) ** 2)), peak=peak)))
     return values

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,8 +13,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from ldm_deploy import progress
 from ldm_deploy.errors import QuantizationError
 from ldm_deploy.eval.parity import Probe, write_probes
+from ldm_deploy.eval.studies import read_studies
 from ldm_deploy.onnx_graph import load_model, read_signature
 from ldm_deploy.quantize import candidates, cpu, onnxruntime_cpu, openvino_cpu
 from ldm_deploy.quantize.calibration import Samples, read_arrays
@@ -209,6 +210,7 @@ def test_without_vnni_weights_have_seven_bits_and_it_is_said(
     denoiser: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], runtime: str
 ) -> None:
     plant(monkeypatch, 2.0)
+    progress.set_quiet(False)
     for module in (onnxruntime_cpu, openvino_cpu, cpu):
         monkeypatch.setattr(module, "has_vnni", lambda: False)
     directory = write_component(tmp_path / "own", denoiser, runtime)
@@ -287,7 +289,8 @@ def test_a_bundle_that_was_searched_says_it_for_a_component_too(
     directory = write_component(tmp_path / "own", denoiser, "onnxruntime")
     np.savez(tmp_path / "inputs.npz", **stacked(4))
     quantize_bundle(directory, tmp_path / "out", calibration=tmp_path / "inputs.npz", builds=3, threads=1)
-    found = json.loads((tmp_path / "out" / "search.json").read_text())
-    assert found["psnr_db_min"] == pytest.approx(20.0)  # the parity limit of 0.1
-    assert found["found"]["vae_decoder-onnxruntime-cpu"]["measured"]
-    assert not (tmp_path / "out" / "sensitivity.json").exists()
+    studies = read_studies(tmp_path / "out")
+    assert set(studies) == {"search"}
+    (search,) = studies["search"]["searches"]
+    assert search["psnr_db_min"] == pytest.approx(20.0)  # the parity limit of 0.1
+    assert search["measured"]

@@ -160,4 +160,4 @@ def test_pareto_keeps_what_no_other_beats() -> None:
         None, [one("a", 30, 2), one("b", 40, 1.5), one("c", 35, 1.4), one("d", 50, 3, "wrong"), one("e", 41, 1)]
     )
     assert [m.layers[0] for m in found.pareto()] == ["a", "b", "e"]
-    assert [entry["pareto"] for entry in found.to_dict()["measured"]] == [True, True, False, False, True]
+    assert [entry["pareto"] for entry in found.to_list()] == [True, True, False, False, True]

@@ -179,19 +179,20 @@ def test_a_searched_bundle_holds_what_was_measured(
     engine = data["engines"][-1]
     assert engine["recipe"]["name"] == "searched"
     studies = read_studies(tmp_path / "out")
-    assert set(studies) == {"sensitivity", "timestep_error"}
+    assert set(studies) == {"search", "sensitivity", "timestep_error"}
     (study,) = studies["sensitivity"]["studies"]
     assert [layer["name"] for layer in study["layers"] if layer["changed"]] == engine["layers"]
-    found = json.loads((tmp_path / "out" / "search.json").read_text())["found"]["unet-onnxruntime-cpu"]
+    (found,) = studies["search"]["searches"]
     assert 1 <= len(found["measured"]) <= 4
-    assert found["best"]["layers"] == sorted(engine["layers"])
+    (best,) = [one for one in found["measured"] if one["best"]]
+    assert best["layers"] == sorted(engine["layers"])
     assert studies["timestep_error"]["series"][0]["engine"] == "unet-int8-onnxruntime-cpu"
     # What was measured is taken up again: nothing is built for the same search.
     monkeypatch.setattr(mixed._Bench, "measure", lambda self, layers: pytest.fail("measured again"))
     quantize_bundle(bundle, tmp_path / "again", components=["unet"], builds=0, threads=1)
     (tmp_path / "out.search").rename(tmp_path / "third.search")
     quantize_bundle(bundle, tmp_path / "third", components=["unet"], builds=4, threads=1)
-    assert (tmp_path / "third" / "search.json").read_bytes() == (tmp_path / "out" / "search.json").read_bytes()
+    assert read_studies(tmp_path / "third")["search"]["searches"] == studies["search"]["searches"]
 
 
 def test_what_nothing_keeps_is_refused_with_the_closest(
