@@ -86,13 +86,18 @@ def quantize_component(
     return _best(survivors), [candidate for candidate in candidates if candidate.refused is not None]
 
 
+def engine_name(component: str, kit: Kit) -> str:
+    """Of the file in a bundle; candidates have it too, each in a folder of its own: what was judged is what is kept."""
+    return f"{component}-int8{'' if kit.runtime == 'onnxruntime' else f'-{kit.runtime}'}{kit.suffix}"
+
+
 def build_candidates(component: str, kit: Kit, folder: Path, probes: Sequence[Probe], limit: float) -> list[Candidate]:
     """One per recipe that finds something to quantize; those that are wrong, or INT8 in name only, are refused."""
     candidates: list[Candidate] = []
     same: set[tuple[Any, ...]] = set()
     alone: dict[str, float] = {}
     for name, recipe in kit.recipes.items():
-        path = folder / f"{component}-{name}{kit.suffix}"
+        path = folder / name / engine_name(component, kit)
         chosen = kit.settle(recipe)
         layers = tuple(layer.name for layer in kit.layers(chosen))
         scaling = replace(chosen, op_types=(), keep_float=())
@@ -101,6 +106,12 @@ def build_candidates(component: str, kit: Kit, folder: Path, probes: Sequence[Pr
         same.add((scaling, layers))
         kit.build(path, chosen)
         parity = compare_outputs(kit.open(path, chosen), probes, limit)
+        milder = None if parity.passed else kit.milder(chosen)
+        if milder is not None:
+            kit.build(path, milder)
+            better = compare_outputs(kit.open(path, milder), probes, limit)
+            if better.passed:
+                chosen, parity = milder, better
         if not parity.passed:
             trial = folder / f"spared{kit.suffix}"
             spared = spare(kit, trial, chosen, probes, limit, alone)

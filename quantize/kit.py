@@ -40,6 +40,9 @@ class Kit(Protocol):
     def settle(self, recipe: AnyRecipe) -> AnyRecipe:
         """The recipe with what `calibrate` chose."""
 
+    def milder(self, recipe: AnyRecipe) -> AnyRecipe | None:
+        """The same layers in INT8 and all others finer: what is tried first where a recipe errs too much."""
+
     def layers(self, recipe: AnyRecipe) -> list[LayerInfo]:
         """What the recipe brings to INT8, in the order of the graph."""
 

@@ -13,7 +13,7 @@ from ldm_deploy.errors import QuantizationError
 from ldm_deploy.eval.latency import compare_engines
 from ldm_deploy.eval.parity import Probe, compare_outputs, explain
 from ldm_deploy.eval.speedup import speedup
-from ldm_deploy.quantize.candidates import Candidate
+from ldm_deploy.quantize.candidates import Candidate, engine_name
 from ldm_deploy.quantize.drawing import Drawing, image_quality
 from ldm_deploy.quantize.kit import Kit
 from ldm_deploy.quantize.scheme import AnyRecipe
@@ -73,7 +73,7 @@ def mix_component(
     candidate = None
     if found.best is not None:
         recipe = bench.recipe(found.best.layers)
-        path = folder / f"{component}-{NAME}{kit.suffix}"
+        path = folder / NAME / engine_name(component, kit)
         kit.build(path, recipe)
         parity = compare_outputs(kit.open(path, recipe), probes, limit)
         candidate = Candidate(NAME, path, recipe, parity, kit.found(path, recipe))

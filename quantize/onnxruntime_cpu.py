@@ -145,6 +145,9 @@ class OnnxRuntimeKit:
         assert isinstance(recipe, Recipe)
         return replace(recipe, range_method=self._method, reduce_range=has_vnni() is False)
 
+    def milder(self, recipe: AnyRecipe) -> AnyRecipe | None:
+        return None  # all others are fp32
+
     def layers(self, recipe: AnyRecipe) -> list[LayerInfo]:
         assert isinstance(recipe, Recipe)
         return [LayerInfo(node.name, node.op_type) for node in select_nodes(load_model(self.model_path), recipe)]

@@ -99,9 +99,7 @@ def quantize_bundle(
             if kept is None:
                 refused += [_refusal(name, target, loser) for loser in losers]
             else:
-                stem = f"{name}-int8" + ("" if kit.runtime == "onnxruntime" else f"-{kit.runtime}")
-                kit.build(staging / "engines" / f"{stem}{kit.suffix}", kept.recipe)
-                files = kit.files(staging / "engines" / f"{stem}{kit.suffix}")
+                files = [file.replace(staging / "engines" / file.name) for file in kit.files(kept.path)]
                 layers = [layer.name for layer in kit.layers(kept.recipe)]
                 new_engines.append(_engine_entry(records[name], target, kept, losers, files, layers, staging))
             shutil.rmtree(folder)

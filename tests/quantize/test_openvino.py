@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -233,3 +234,30 @@ def test_what_is_not_finite_is_named_with_layer_and_timestep(denoiser: Path, tmp
     expected = rf"activation 'middle.*' is not finite on calibration sample 0, timestep \[{feeds['timestep'][0]}\]"
     with pytest.raises(QuantizationError, match=expected):
         check_activations(path, Samples(feeds), 1)
+
+
+def test_a_recipe_that_errs_beside_bf16_is_tried_beside_fp32_before_layers_are_spared(
+    xml: Path, probes: list[Probe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What would be bf16 is planted: its outputs are 1.3 times too large."""
+    plant_speeds(monkeypatch, 2.0, 2.0)
+    plain = OpenVinoKit.open
+
+    class Larger:
+        def __init__(self, engine: Any) -> None:
+            self.engine = engine
+
+        def run(self, feeds: Any) -> Any:
+            return {name: np.float32(1.3) * value for name, value in self.engine.run(feeds).items()}
+
+    def opened(self: OpenVinoKit, path: Path, recipe: Any) -> Any:
+        engine = plain(self, path, replace(recipe, rest="fp32"))
+        return Larger(engine) if recipe.rest == "bf16" else engine
+
+    monkeypatch.setattr(OpenVinoKit, "open", opened)
+    kit = OpenVinoKit(xml, recipes={"conv": OpenVinoRecipe(op_types=("Convolution",))}, threads=1)
+    best, refused = quantize_component("unet", kit, tmp_path, stacked(4), probes, 0.1)
+    assert best is not None, [one.refused for one in refused]
+    assert isinstance(best.recipe, OpenVinoRecipe)
+    assert (best.recipe.rest, best.recipe.keep_float) == ("fp32", ())
+    assert kit.spec(best.path, best.recipe)["rest"] == "fp32"
