@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from ldm_deploy.errors import QuantizationError
 from ldm_deploy.eval.latency import compare_engines
 from ldm_deploy.eval.parity import Probe, compare_outputs, explain
 from ldm_deploy.eval.speedup import speedup
+from ldm_deploy.progress import task
 from ldm_deploy.quantize.candidates import Candidate, engine_name
 from ldm_deploy.quantize.drawing import Drawing, image_quality
 from ldm_deploy.quantize.kit import Kit
@@ -48,7 +49,6 @@ def mix_component(
     start: Sequence[Candidate] = (),
     journals: Path | None = None,
     seed: int = 0,
-    advance: Callable[[], object] = lambda: None,
 ) -> Mixed:
     """Search the layers of the kit's widest recipe; `kit` is calibrated.
 
@@ -66,10 +66,11 @@ def mix_component(
     names = [layer.name for layer in layers]
     bench = _Bench(component, kit, folder, widest, names, probes, limit, feeds, drawing, seed)
     starts = [[layer.name for layer in kit.layers(one.recipe) if layer.name in names] for one in start]
-    found = search(
-        layers, bench.measure, psnr_db_min=psnr_db_min, builds=builds, start=starts, advance=advance,
-        journal=None if journals is None else journals / f"{component}.search.json",
-    )  # fmt: skip
+    with task(f"searching {component}", builds) as advance:  # fewer if nothing more helps
+        found = search(
+            layers, bench.measure, psnr_db_min=psnr_db_min, builds=builds, start=starts, advance=advance,
+            journal=None if journals is None else journals / f"{component}.search.json",
+        )  # fmt: skip
     candidate = None
     if found.best is not None:
         recipe = bench.recipe(found.best.layers)

@@ -17,6 +17,7 @@ from ldm_deploy.eval.studies import read_studies
 from ldm_deploy.quantize.calibration import PROMPTS, CalibrationSet
 from ldm_deploy.quantize.drawing import Drawing
 from ldm_deploy.quantize.mixed import mix_component
+from ldm_deploy.quantize.search import Measured
 from ldm_deploy.quantize.timestep_error import write_study
 from ldm_deploy.runtime.pipeline import load
 
@@ -80,21 +81,20 @@ class BundleSearch:
         start: Sequence[Candidate],
     ) -> Candidate | None:
         """The engine of the best assignment, or None with the reason and the closest ones in `refused`."""
-        from ldm_deploy.progress import task
-
         runtime, _, device = self.target.partition("-")
         about = {"component": component, "runtime": runtime, "device": device, "precision": "int8"}
         candidate, reason = None, None
         try:
-            with task(f"searching {component}", self.builds) as advance:
-                mixed = mix_component(
-                    component, kit, folder, probes, limit, feeds, self.drawing, psnr_db_min=self.psnr_db_min,
-                    builds=self.builds, start=start, journals=self.journals, seed=self.seed, advance=advance,
-                )  # fmt: skip
+            mixed = mix_component(
+                component, kit, folder, probes, limit, feeds, self.drawing, psnr_db_min=self.psnr_db_min,
+                builds=self.builds, start=start, journals=self.journals, seed=self.seed,
+            )  # fmt: skip
             self.studies.append(mixed.study)
             self.searches.append({**about, "psnr_db_min": self.psnr_db_min, "measured": mixed.found.to_list()})
             candidate = mixed.candidate
-            if candidate is None:
+            if candidate is not None:
+                self._refuse(component, kit, start, mixed.found.measured)
+            else:
                 closest = "; ".join(
                     f"{one.psnr_db:.1f} dB at {one.speedup:.2f}x with {len(one.layers)} layers"
                     for one in mixed.found.closest()
@@ -109,6 +109,17 @@ class BundleSearch:
             name = f"{component}-int8-{self.target} (searched)"
             self.refused.append({"name": name, **about, "reason": reason, "parity": None, "speedup": None})
         return candidate
+
+    def _refuse(self, component: str, kit: Kit, start: Sequence[Candidate], measured: Sequence[Measured]) -> None:
+        """Fixed recipes that were drawn with and do not keep the quality, now that an assignment is there that does."""
+        known = {one.layers: one for one in measured}
+        for one in start:
+            drawn = known.get(tuple(sorted(layer.name for layer in kit.layers(one.recipe))))
+            if drawn is not None and one.refused is None and drawn.psnr_db < self.psnr_db_min:
+                one.refused = (
+                    f"{component}: INT8 ({one.name}) draws images of {drawn.psnr_db:.1f} dB, "
+                    f"{self.psnr_db_min:.1f} are asked for; the searched assignment keeps that"
+                )
 
     def write(self, root: Path, engines: Sequence[Mapping[str, Any]]) -> None:
         """sensitivity.json and search.json in the bundle `root`, with what other targets left there."""
