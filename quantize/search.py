@@ -4,9 +4,11 @@ Two models guide the search and neither decides. Time won and squared error are 
 layers are hardly correlated), which orders the layers; every assignment that is tried is then built, drawn with and
 timed, and what was measured is all that counts. Builds are few and their number is bounded.
 
-1. Greedy: layers that win time, those that cost least squared error per millisecond first. The longest prefix of this
+1. Giving back: of the fastest assignment given that breaks the quality, the layers with the largest squared error go to
+   float, as few as bring it back. Layers side by side win more than the sum of each alone, which this keeps.
+2. Greedy: layers that win time, those that cost least squared error per millisecond first. The longest prefix of this
    order that keeps the quality is found by bisection.
-2. Refinement: of the best so far, give the least useful layer back, take the next one in, or swap the two; and leave
+3. Refinement: of the best so far, give the least useful layer back, take the next one in, or swap the two; and leave
    out what won least. A step is kept if it is surely faster and still keeps the quality. Ends when none of them helps.
 """
 
@@ -89,8 +91,14 @@ def search(
     budget = _Budget(measure, builds, journal, _key(layers, psnr_db_min), advance)
     best: Measured | None = None
     try:
-        for given in start:
-            best = _better(best, budget(given), psnr_db_min)
+        given = [budget(one) for one in start]
+        for found in given:
+            best = _better(best, found, psnr_db_min)
+        broken = [one for one in given if not one.keeps(psnr_db_min)]
+        if broken:
+            fastest = max(broken, key=lambda one: one.speedup)
+            for found in _give_back(fastest.layers, layers, budget, psnr_db_min):
+                best = _better(best, found, psnr_db_min)
         order = greedy_order(layers)
         keeps, breaks = 0, len(order) + 1  # lengths of prefixes
         while breaks - keeps > 1:
@@ -117,16 +125,41 @@ def search(
 
 def greedy_order(layers: Sequence[LayerStudy]) -> list[str]:
     """Layers that win time, least squared error per millisecond first. A layer that was not measured is left out."""
-    costs: dict[str, float] = {}
-    for layer in layers:
-        if layer.time_won_ms is None or layer.time_won_ms["median"] <= 0:
-            continue
-        if layer.image_psnr_db is not None:
-            error = PEAK**2 / 10 ** (layer.image_psnr_db["mean"] / 10)
-        else:
-            error = (layer.relative_error or 0.0) ** 2
-        costs[layer.name] = error / layer.time_won_ms["median"]
+    costs = {
+        layer.name: squared_error(layer) / layer.time_won_ms["median"]
+        for layer in layers
+        if layer.time_won_ms is not None and layer.time_won_ms["median"] > 0
+    }
     return sorted(costs, key=lambda name: (costs[name], name))
+
+
+def squared_error(layer: LayerStudy) -> float:
+    """Of the images if this layer alone is INT8; where none were drawn, of the output, relative."""
+    if layer.image_psnr_db is not None:
+        return float(PEAK**2 / 10 ** (layer.image_psnr_db["mean"] / 10))
+    return float(layer.relative_error or 0.0) ** 2
+
+
+def _give_back(
+    chosen: Sequence[str], layers: Sequence[LayerStudy], budget: _Budget, psnr_db_min: float
+) -> Iterator[Measured]:
+    """Assignments with ever more of the worst layers in float until the quality is kept, then as few as keep it."""
+    errors = {layer.name: squared_error(layer) for layer in layers}
+    worst = sorted(chosen, key=lambda name: (-errors.get(name, 0.0), name))
+    broke, dropped = 0, 1
+    while dropped < len(worst):
+        found = budget(worst[dropped:])
+        yield found
+        if found.keeps(psnr_db_min):
+            break
+        broke, dropped = dropped, 2 * dropped
+    else:
+        return
+    while dropped - broke > 1:
+        middle = (broke + dropped) // 2
+        found = budget(worst[middle:])
+        yield found
+        broke, dropped = (broke, middle) if found.keeps(psnr_db_min) else (middle, dropped)
 
 
 def _neighbours(chosen: Sequence[str], order: Sequence[str]) -> Iterator[list[str]]:

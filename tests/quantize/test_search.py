@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,25 @@ def test_it_beats_all_int8_and_the_best_single_precision_where_a_fixed_list_fail
     fixed = measure(LAYERS[1:-1])
     assert not fixed.keeps(LIMIT_DB)
     assert fixed.speedup < found.best.speedup
+
+
+def test_the_fewest_worst_layers_are_given_back() -> None:
+    """What layers win together cannot be told from each alone: none seems to win anything here."""
+
+    def together(layers: Sequence[str]) -> Measured:
+        found = Planted()(layers)
+        return replace(found, speedup=1 + len(layers) / 24, ci95=(1 + len(layers) / 24 - 0.005, 1 + len(layers) / 24))
+
+    alone = [replace(layer, time_won_ms={"median": -0.1, "ci95": None}) for layer in studies()]
+    found = search(alone, together, psnr_db_min=38.3, builds=12, start=[LAYERS])
+    assert found.best is not None
+    # All but the fragile one: 52 - 10 log10(23) = 38.4 dB.
+    assert set(found.best.layers) == set(LAYERS) - {FRAGILE}
+    assert len(found.measured) == 2
+    found = search(alone, together, psnr_db_min=40.0, builds=12, start=[LAYERS])
+    assert found.best is not None
+    assert len(found.best.layers) == 15  # 52 - 10 log10(15) = 40.2
+    assert len(found.measured) < 12
 
 
 def test_the_number_of_builds_is_bounded_and_every_one_is_shown() -> None:

@@ -20,6 +20,7 @@ from ldm_deploy.quantize.calibration import Samples
 from ldm_deploy.quantize.drawing import Drawing
 from ldm_deploy.quantize.onnxruntime_cpu import OnnxRuntimeKit
 from ldm_deploy.quantize.quantize import quantize_bundle
+from ldm_deploy.quantize.search import Measured
 from ldm_deploy.quantize.sensitivity import describe_study, study_layers, time_won
 from ldm_deploy.quantize.timestep_error import measure_timestep_error
 from ldm_deploy.runtime.bundle import read_bundle, verify_bundle, write_bundle
@@ -215,3 +216,28 @@ def test_what_nothing_keeps_is_refused_with_the_closest(
     assert all(
         layer["changed"] is None for layer in read_studies(tmp_path / "out")["sensitivity"]["studies"][0]["layers"]
     )
+
+
+def test_a_fixed_recipe_that_breaks_the_quality_gives_way_to_the_searched_one(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Faster in the measurement, but its images are planted to be far off: whatever has the middle convolution."""
+
+    def compare(specs: dict[str, Any], feeds: object, **options: object) -> dict[str, Any]:
+        first = next(iter(specs))
+        speed = {name: 1.0 if name == first else 1.5 if name == "searched" else 3.0 for name in specs}
+        ratios = {name: {"versus": first, "median": v, "ci95_low": v, "ci95_high": v} for name, v in speed.items()}
+        return {"failed": {}, "samples_ms": {name: [1 / v] * 8 for name, v in speed.items()}, "speedup": ratios}
+
+    def measure(self: Any, layers: Any) -> Measured:
+        psnr = 20.0 if "middle" in layers else 60.0
+        return Measured(tuple(layers), psnr, 1.5 + 0.01 * len(layers), (1.45, 1.6))
+
+    monkeypatch.setattr(candidates, "compare_engines", compare)
+    monkeypatch.setattr(mixed._Bench, "measure", measure)
+    data = quantize_bundle(bundle, tmp_path / "out", components=["unet"], builds=6, threads=1).data
+    engine = data["engines"][-1]
+    assert "middle" not in engine["layers"]
+    refused = engine["recipes_refused"]
+    assert set(refused) >= {"conv+matmul", "conv"}
+    assert refused["conv"].startswith("unet: INT8 (conv) draws images of 20.0 dB, 31.0 are asked for")
