@@ -57,7 +57,7 @@ distill: $(INSTALLED) ## a student of the shipped reference: make distill DATA=e
 bench: $(INSTALLED) ## latency of the bundle that make export wrote; export and INT8 beside their peers (15 minutes)
 	@$(BIN)/ldm-deploy bench $(OUT)
 	@$(BIN)/python benchmarks/export_unet.py
-	@$(BIN)/python benchmarks/unet_int8.py
+	@$(BIN)/python benchmarks/quantization.py unet71m
 
 # A machine with a GPU may have no network: without .venv its own Python is used.
 gpu-report: ## every engine for a GPU, built, compared and timed, in build/gpu (needs an NVIDIA GPU; no set-up)

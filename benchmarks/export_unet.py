@@ -2,11 +2,11 @@
 
     .venv/bin/python benchmarks/export_unet.py [--size 71m|sd15] [--rounds 30] [--threads N] [--json FILE]
 
-71m: the U-Net of benchmarks/unet_int8.py. sd15: diffusers' defaults with cross-attention 768, 860 M parameters. Random
-weights. Ours is `ldm-deploy export benchmarks.export_unet:<size> --component unet`: trace, write, compare with torch at
-five sizes, digests; then the same command again, and once more into another directory, from the cache. Each export is
-a process of its own, whose largest resident set is told. The two files are then timed interleaved in ONNX Runtime.
-Takes two minutes for 71m, six minutes and 14 GB of disk for sd15.
+71m: the U-Net of benchmarks/quantization.py. sd15: diffusers' defaults with cross-attention 768, 860 M parameters.
+Random weights. Ours is `ldm-deploy export benchmarks.export_unet:<size> --component unet`: trace, write, compare with
+torch at five sizes, digests; then the same command again, and once more into another directory, from the cache. Each
+export is a process of its own, whose largest resident set is told. The two files are then timed interleaved in ONNX
+Runtime. Takes two minutes for 71m, six minutes and 14 GB of disk for sd15.
 """
 
 from __future__ import annotations

@@ -109,16 +109,26 @@ def pareto_front(points: Sequence[Point], *, more: bool) -> list[Point]:
 
 
 def pareto_chart(
-    points: Sequence[Point], quality: str, *, more: bool, limit: float | None = None, baseline_ms: float | None = None
+    points: Sequence[Point],
+    quality: str,
+    *,
+    more: bool,
+    limit: float | None = None,
+    baseline_ms: float | None = None,
+    unit: str = "ms",
+    latency: str = "ms per image",
 ) -> str:
-    """Quality against latency, each point with its number in `points`, from 1; the further up and left, the better."""
+    """Quality against latency, each point with its number in `points`, from 1; the further up and left, the better.
+
+    `unit` and `latency` say what the horizontal axis is.
+    """
     bottom = 340 - BOTTOM
     xs = [p.x for p in points] + [v for p in points for v in p.x_range or ()] + ([baseline_ms] if baseline_ms else [])
     ys = [p.y for p in points] + [v for p in points for v in p.y_range or ()] + ([] if limit is None else [limit])
     x = scale(xs, LEFT, WIDTH - RIGHT, zero=True, log=True)
     y = scale(ys, bottom, TOP) if more else scale(ys, TOP, bottom, zero=True)
     better = f"{quality}, {'more' if more else 'less'} is better"
-    chart = Drawing(f"{quality} against latency", x, y, "ms per image, less is better", better)
+    chart = Drawing(f"{quality} against latency", x, y, f"{latency}, less is better", better)
     if limit is not None:
         chart.line([(x.start, y(limit)), (x.end, y(limit))], "limit")
     if baseline_ms is not None:
@@ -141,7 +151,7 @@ def pareto_chart(
     taken = [(x(p.x), y(p.y)) for p in points]
     for number, point in enumerate(points, 1):
         here = x(point.x), y(point.y)
-        chart.mark(*here, point.kind, f"{number} {point.name}: {point.x:.4g} ms, {quality} {point.y:.4g}")
+        chart.mark(*here, point.kind, f"{number} {point.name}: {point.x:.4g} {unit}, {quality} {point.y:.4g}")
         taken.append(_free_place(here, taken, x, y))
         chart.text(taken[-1][0], taken[-1][1] + 5, str(number), "middle", "number")
     return chart.svg()

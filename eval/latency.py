@@ -59,9 +59,10 @@ class Worker:
     """A process that holds one variant, reference or engine. Use as a context manager; entering loads it.
 
     `spec`: {"kind": "variant", "bundle", "variant"}, {"kind": "reference", "path"}, {"kind": "engine", "bundle",
-    "engine"}, {"kind": "engine", "runtime": "onnxruntime", "path"}, {"kind": "module", "path", "component",
-    "precision", "device", "compile"} (see `worker.open_module`) or {"kind": "factory", "file", "function"} with, if
-    the function takes some, "arguments". `huge_pages`: see `placement.py`; for workers whose memory is not measured.
+    "engine"}, {"kind": "engine", "runtime": "onnxruntime" or "openvino", "path"} (OpenVINO's also takes "precision" and
+    "rest"), {"kind": "module", "path", "component", "precision", "device", "compile"} (see `worker.open_module`) or
+    {"kind": "factory", "file", "function"} with, if the function takes some, "arguments". `huge_pages`: see
+    `placement.py`; for workers whose memory is not measured.
     No call waits longer than `timeout_s`: `WorkerError` says what happened, and the process is ended.
     """
 

@@ -84,6 +84,7 @@ def to_html(result: Mapping[str, Any]) -> str:
         shown=SHOWN,
         sensitivity=sensitivity_charts(studies.get("sensitivity")),
         timesteps=timestep_charts(studies.get("timestep_error")),
+        searches=search_charts(studies.get("search")),
         extras={row["name"]: {key: row[key] for key in row if key not in PLACED} for row in result["variants"]},
     )
 
@@ -244,4 +245,28 @@ def timestep_charts(content: Mapping[str, Any] | None) -> list[dict[str, Any]]:
         if any(lines):
             chart = line_chart(lines, name, "timestep, sampling runs to the right", "PSNR, dB", backwards=True)
         found.append({"series": series, "name": name, "chart": chart})
+    return found
+
+
+def search_charts(content: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """Per search of search.json: every assignment that was measured, quality against time, and a legend."""
+    found = []
+    for search in (content or {}).get("searches", ()):
+        rows = [{"number": number, **one} for number, one in enumerate(search["measured"], 1)]
+        name = f"{search['component']}, {search['precision']} on {search['runtime']}-{search['device']}"
+        points = []
+        for row in rows:
+            keeps = row["psnr_db"] >= search["psnr_db_min"]
+            kind = "chosen" if row["best"] else "failed" if row["refused"] else "kept" if keeps else "missed"
+            spread = (100 / row["ci95"][1], 100 / row["ci95"][0]) if row["ci95"][0] > 0 else None
+            what = f"{len(row['layers'])} layers"
+            points.append(Point(what, kind, 100 / row["speedup"], row["psnr_db"], spread))
+            row |= {"symbol": SYMBOLS[kind], "kind": kind}
+        chart = None
+        if points:
+            chart = pareto_chart(
+                points, "PSNR, dB", more=True, limit=search["psnr_db_min"], baseline_ms=100.0, unit="%",
+                latency="% of the time of the fastest single precision",
+            )  # fmt: skip
+        found.append({"search": search, "name": name, "chart": chart, "rows": rows})
     return found

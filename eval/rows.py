@@ -172,12 +172,16 @@ def add_quality(row: Row, found: Measured, grid: Grid, lpips: Lpips, seed: int) 
 
 
 def add_comparisons(row: Row, rows: Sequence[Row], found: Measured, seed: int) -> None:
-    """End to end against the fp32 variant of the same runtime and device, which drew in the same rounds."""
+    """End to end against the variants of the same runtime and device that lose less: they drew in the same rounds.
+
+    These are fp32 and, for what is quantized, bf16 and fp16.
+    """
+    finer = ("fp32",) if row["precision"] in ("bf16", "fp16") else ("fp32", "bf16", "fp16")
     if row["precision"] == "fp32" or row["name"] not in found.latency_ms:
         return
     for other in rows:
         alike = all(other[key] == row[key] for key in ("runtime", "device"))
-        if alike and other["precision"] == "fp32" and other["name"] in found.latency_ms:
+        if alike and other is not row and other["precision"] in finer and other["name"] in found.latency_ms:
             ratio = speedup(found.latency_ms[other["name"]], found.latency_ms[row["name"]], other["name"], seed=seed)
             row["comparisons"].append({"scope": "end to end", **ratio})
 

@@ -1,6 +1,6 @@
-"""What quantization leaves in a bundle for the report: sensitivity.json and timestep_error.json, checked on reading.
+"""What quantization leaves in a bundle for the report: sensitivity, timestep_error and search.json, checked on reading.
 
-Both formats are JSON schemas in this folder and are explained in docs/evaluation.md.
+The formats are JSON schemas in this folder and are explained in docs/evaluation.md.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from ldm_deploy.errors import EvaluationError
 
-STUDIES = ("sensitivity", "timestep_error")
+STUDIES = ("sensitivity", "timestep_error", "search")
 
 
 def study_schema(name: str) -> dict[str, Any]:

@@ -98,15 +98,22 @@ def _records(spec: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _open_engine(spec: dict[str, Any], threads: int) -> Any:
-    """An engine of a bundle, or an ONNX file."""
+    """An engine of a bundle, or the file of one; of OpenVINO's, "precision" and "rest" say what it computes in."""
     if "bundle" in spec:
         from ldm_deploy.runtime.bundle import read_bundle
         from ldm_deploy.runtime.engines import open_engine
 
         bundle = read_bundle(spec["bundle"])
         return open_engine(bundle.engines[spec["engine"]], bundle.root, threads=threads, spinning=False)
-    if spec.get("runtime", "onnxruntime") != "onnxruntime":
-        raise ValueError(f"runtime {spec['runtime']!r} is not built yet; there is: onnxruntime")
+    runtime = spec.get("runtime", "onnxruntime")
+    if runtime == "openvino":
+        from ldm_deploy.runtime.engine_openvino import OpenVinoEngine
+
+        return OpenVinoEngine(
+            Path(spec["path"]), precision=spec.get("precision", "fp32"), rest=spec.get("rest"), threads=threads
+        )
+    if runtime != "onnxruntime":
+        raise ValueError(f"runtime {runtime!r} is not built yet; there is: onnxruntime, openvino")
     from ldm_deploy.runtime.engines import OnnxRuntimeEngine
 
     return OnnxRuntimeEngine(Path(spec["path"]), threads=threads, spinning=False)

@@ -36,8 +36,8 @@ LARGE_BYTES = 10**6
 UNITS = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 # What engines are made with, and of.
 PACKAGES = (
-    "diffusers", "ldm-deploy", "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "onnxscript", "openvino",
-    "safetensors", "tensorrt", "tokenizers", "torch", "torch-tensorrt", "transformers",
+    "diffusers", "ldm-deploy", "nncf", "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "onnxscript",
+    "openvino", "safetensors", "tensorrt", "tokenizers", "torch", "torch-tensorrt", "transformers",
 )  # fmt: skip
 
 

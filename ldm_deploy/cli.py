@@ -29,6 +29,7 @@ Bundle = Annotated[Path, Argument(metavar="BUNDLE", help="A bundle directory.")]
 Source = Annotated[str, Argument(metavar="SOURCE", help="A reference directory, or 'reference' (shipped).")]
 Out = Annotated[Path, Option("--out", metavar="DIR", help="Where the result goes.")]
 Budget = Annotated[Path | None, Option("--budget", metavar="B.toml", help="Limits (the shipped ones).")]
+Builds = Annotated[int, Option("--builds", min=0, metavar="N", help="Search mixed precision: N builds a component.")]
 Component = Annotated[list[str] | None, Option("--component", metavar="C", help="Only this; repeatable.")]
 
 AFTER_CTRL_C = {
@@ -195,21 +196,35 @@ def quantize(
     budget: Budget = None,
     calibration: Annotated[Path | None, Option("--calibration", metavar="FILE.npz", help="To reuse.")] = None,
     component: Component = None,
+    builds: Builds = 0,
+    precision: Annotated[str, Option("--precision", metavar="P", help="int8; w8, w4: weights only.")] = "int8",
     json: Json = None, seed: Seed = 0, threads: Threads = None, quiet: Quiet = False,
 ) -> Result:  # fmt: skip
     """Add INT8 engines to exported ones.
 
-    Calibrate, quantize, compare with fp32, and refuse what is wrong or not faster.
+    Calibrate, quantize, compare with fp32, and refuse what is wrong or not faster; exit 3 if nothing is left. With
+    --component, FILE.npz may be arrays of your own, named after the inputs, the samples on the first axis.
     """
     commands.check_words(targets=[target], components=component)
     from ldm_deploy.eval.budget import load_budget
     from ldm_deploy.quantize.quantize import quantize_bundle
 
-    quantize_bundle(
-        directory, out, target=target, budget=load_budget(budget), calibration=calibration,
-        components=component or None, seed=seed, threads=threads,
-    )  # fmt: skip
-    return commands.read_json(out / "bundle.json"), 0
+    if precision == "int8":
+        quantize_bundle(
+            directory, out, target=target, budget=load_budget(budget), calibration=calibration,
+            components=component or None, builds=builds, seed=seed, threads=threads,
+        )  # fmt: skip
+    else:
+        if calibration is not None or builds:
+            raise ConfigError(f"--calibration and --builds are for int8; weights in {precision} need neither")
+        from ldm_deploy.quantize.weight_only import quantize_weights
+
+        quantize_weights(
+            directory, out, precision=precision, target=target, budget=load_budget(budget),
+            components=component or None, seed=seed, threads=threads,
+        )  # fmt: skip
+    data = commands.read_json(out / "bundle.json")
+    return data, 0 if commands.show_quantized(data, target, precision) else 3
 
 
 @command
@@ -339,6 +354,8 @@ def optimize(
     out: Out,
     target: Annotated[list[str] | None, Option("--target", metavar="T", help="Repeatable.")] = None,
     budget: Budget = None,
+    builds: Builds = 0,
+    dry_run: Annotated[bool, Option("--dry-run", help="Print the plan with a time estimate; do nothing.")] = False,
     json: Json = None, seed: Seed = 0, threads: Threads = None, quiet: Quiet = False,
 ) -> Result:  # fmt: skip
     """All of it, from a reference to a bundle that keeps its budget."""
@@ -346,9 +363,12 @@ def optimize(
         raise ConfigError(f"{source} makes one component, and optimize needs a whole model; use export --component")
     commands.check_words(targets=target)
     from ldm_deploy.optimize import optimize as run
+    from ldm_deploy.optimize import show_plan
 
     targets = target or ["onnxruntime-cpu"]
-    report = run(source, out, targets=targets, budget=budget, seed=seed, threads=threads)
+    if dry_run:
+        return show_plan(source, targets, builds=builds, threads=threads), 0
+    report = run(source, out, targets=targets, budget=budget, builds=builds, seed=seed, threads=threads)
     from ldm_deploy.eval.report import exit_code, print_table
 
     print_table(report)

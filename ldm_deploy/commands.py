@@ -132,6 +132,34 @@ def show_bundle(bundle: Path) -> dict[str, Any]:
     return data
 
 
+def show_quantized(data: dict[str, Any], target: str, precision: str = "int8") -> bool:
+    """Print what quantization for `target` kept and refused, `data` being bundle.json; whether it kept anything."""
+    ending = f"-{precision}-{target}"
+    made = [engine for engine in data["engines"] if engine["id"].endswith(ending)]
+    for engine in made:
+        found = ", ".join(f"{count} {name}" for name, count in engine["precision_found"].items())
+        ratios = ", ".join(
+            f"{one['median']:.2f}x {one['versus']} ({one['ci95_low']:.2f} to {one['ci95_high']:.2f})"
+            for one in engine.get("comparisons") or [engine["speedup"]]
+            if one is not None
+        )
+        parity = engine["parity"]
+        name = f" ({engine['recipe']['name']})" if engine.get("recipe") else ""
+        print(
+            f"{engine['id']}{name}: {ratios or 'not timed'}; "
+            f"error {parity['relative_error']:.2g} of {parity['limit']:.2g} allowed; "
+            f"{engine['size_bytes'] / 1e6:.2f} MB; {found}"
+        )
+        for other, reason in (engine.get("recipes_refused") or {}).items():
+            print(f"  refused: {other}: {reason}")
+    for refused in data.get("refused") or ():
+        if ending in refused["name"]:
+            print(f"refused: {refused['name']}: {refused['reason']}")
+    if not made:
+        print(f"no {precision} engine keeps its limits; the closest are above")
+    return bool(made)
+
+
 def _show_model(model: dict[str, Any], schedule: dict[str, Any]) -> None:
     height, width = model["default_size"]
     print(

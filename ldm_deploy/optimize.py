@@ -5,6 +5,7 @@ Beside `cli` this is the one module of the core that knows the stages.
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -32,11 +33,13 @@ def optimize(
     *,
     targets: Sequence[str] = ("onnxruntime-cpu",),
     budget: Path | None = None,
+    builds: int = 0,
     seed: int = 0,
     threads: int | None = None,
 ) -> dict[str, Any]:
     """Export, quantize, evaluate and bundle `source` (see `models.sources`) for `targets`; returns the report.
 
+    `builds`: of the mixed-precision search, per component and target; 0 leaves it out.
     Stages are kept in `<out>.stages/` under the digest of everything that went in, so that the same command, started
     again after it was killed, goes on where it stopped. `out` appears, or is replaced, only when it is complete.
     """
@@ -49,9 +52,7 @@ def optimize(
     from ldm_deploy.models.sources import resolve_source, source_digest
     from ldm_deploy.quantize.quantize import quantize_bundle
 
-    for target in targets:
-        if target not in PRECISIONS:
-            raise StageMissingError(f"target {target!r} is not built yet; there is: {', '.join(PRECISIONS)}")
+    check_targets(targets)
     check_replaceable(out)
     limits = load_budget(budget)
     reference = resolve_source(source)
@@ -69,13 +70,19 @@ def optimize(
         ),
     )
     quantized = exported
-    if "onnxruntime-cpu" in targets:
-        quantized = stages / "quantized"
+    calibration: Path | None = None  # drawn once, for all targets
+    for target in dict.fromkeys(targets):
+        before, quantized = quantized, stages / f"quantized-{target}"
         key = _stage(
             quantized,
-            {"exported": key, "budget": limits.digest, **ingredients},
-            lambda directory: quantize_bundle(exported, directory, budget=limits, seed=seed, threads=threads),
-        )
+            {"exported": key, "target": target, "budget": limits.digest, "builds": builds, **ingredients},
+            functools.partial(
+                quantize_bundle, before, target=target, budget=limits, calibration=calibration, builds=builds,
+                seed=seed, threads=threads,
+            ),
+        )  # fmt: skip
+        drawn = quantized.with_name(f"{quantized.name}.calibration.npz")
+        calibration = calibration or (drawn if drawn.is_file() else None)
     evaluated = stages / "report"
 
     def evaluate(directory: Path) -> None:
@@ -97,6 +104,24 @@ def optimize(
     report: dict[str, Any] = json.loads((evaluated / "report.json").read_text(encoding="utf-8"))
     _assemble(quantized, evaluated, report["chosen"], out)
     return report
+
+
+def check_targets(targets: Sequence[str]) -> None:
+    """Raises `StageMissingError` for a target that `optimize` does not have."""
+    for target in targets:
+        if target not in PRECISIONS:
+            raise StageMissingError(f"target {target!r} is not built yet; there is: {', '.join(PRECISIONS)}")
+
+
+def show_plan(
+    source: str | Path, targets: Sequence[str], *, builds: int = 0, threads: int | None = None
+) -> dict[str, Any]:
+    """Print what `optimize` would do, with a time estimate; nothing is written. Returns the plan as data."""
+    from ldm_deploy.plan import measure_unit, plan, print_plan
+
+    check_targets(targets)
+    chosen = {target: PRECISIONS[target] for target in dict.fromkeys(targets)}
+    return print_plan(plan(measure_unit(source, threads), chosen, builds=builds))
 
 
 def _stage(directory: Path, ingredients: Mapping[str, Any], build: Callable[[Path], object]) -> str:

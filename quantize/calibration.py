@@ -98,7 +98,7 @@ class CalibrationSet:
                 raise QuantizationError(
                     f"calibration of {component}: {name!r} is not finite in sample {bad}; collect it again"
                 )
-            if np.issubdtype(value.dtype, np.floating) and (value == value.flat[0]).all():
+            if np.issubdtype(value.dtype, np.floating) and value.size and (value == value.flat[0]).all():
                 raise QuantizationError(
                     f"calibration of {component}: {name!r} is {value.flat[0]:g} everywhere; "
                     "a constant says nothing about ranges: give real inputs"
@@ -204,7 +204,7 @@ def collect(
     """
     from ldm_deploy.progress import task
 
-    prompts = _fitting(pipeline, prompts or pipeline.model.get("prompts", {}).get("calibration", PROMPTS))
+    prompts = fitting_prompts(pipeline, prompts or pipeline.model.get("prompts", {}).get("calibration", PROMPTS))
     student, guidance = pipeline.model.get("distilled"), pipeline.guidance_scale
     walks = [(steps, guidance if guided else 1.0) for steps, guided in trajectories]
     if student is not None:  # it knows its own steps only, and one kind of call: the guidance is an input
@@ -233,7 +233,7 @@ def collect(
     return CalibrationSet(source, collector.arrays(), details)
 
 
-def _fitting(pipeline: Pipeline, prompts: Sequence[str]) -> list[str]:
+def fitting_prompts(pipeline: Pipeline, prompts: Sequence[str]) -> list[str]:
     """The prompts that the model's context can hold; the empty one if it holds none of them."""
     fitting = []
     for prompt in prompts:
@@ -264,6 +264,50 @@ def write_calibration(calibration: CalibrationSet, path: Path) -> None:
         **calibration.details,
     }
     atomic_write_json(path.with_suffix(".json"), record)
+
+
+def is_calibration_set(path: Path) -> bool:
+    """Whether a .npz file was written by `write_calibration`: it is not one's own arrays."""
+    return path.with_suffix(".json").is_file() or not path.is_file()
+
+
+def read_arrays(path: Path, component: str, inputs: Sequence[Mapping[str, Any]], source: str) -> CalibrationSet:
+    """A .npz file of one's own: an array for each input of a component, named after it, the samples on the first axis.
+
+    `inputs`: as bundle.json describes them (name, dtype, shape). Raises `QuantizationError` for what does not fit.
+    """
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise QuantizationError(f"calibration file {path} cannot be read ({reason}); write it with np.savez") from None
+    names = [value["name"] for value in inputs]
+    wrong = sorted(set(arrays) ^ set(names))
+    if wrong:
+        raise QuantizationError(
+            f"calibration file {path} has {', '.join(sorted(arrays)) or 'no array'}; {component} takes "
+            f"{', '.join(names)}: give one array for each, by these names"
+        )
+    for value in inputs:
+        name, shape = value["name"], value["shape"]
+        array = arrays[name]
+        fixed = [None if isinstance(size, str) else size for size in shape]
+        fits = array.ndim == len(fixed) > 0 and all(
+            size is None or size == found for size, found in zip(fixed[1:], array.shape[1:], strict=True)
+        )
+        if not fits or fixed[0] not in (None, 1):
+            wanted = ", ".join(["samples", *map(str, shape[1:])])
+            raise QuantizationError(
+                f"calibration file {path}: {name!r} has shape {array.shape}; {component} takes ({wanted}), "
+                "each sample by itself"
+            )
+        if not np.can_cast(array.dtype, value["dtype"], "same_kind"):
+            raise QuantizationError(
+                f"calibration file {path}: {name!r} is {array.dtype}; {component} takes {value['dtype']}"
+            )
+        arrays[name] = array.astype(value["dtype"])
+    return CalibrationSet(source, {component: arrays}, {"file": path.name})
 
 
 def read_calibration(path: Path) -> CalibrationSet:

@@ -16,17 +16,14 @@ import numpy as np
 from ldm_deploy.errors import QuantizationError
 from ldm_deploy.eval.latency import compare_engines
 from ldm_deploy.eval.parity import ParityResult, Probe, compare_outputs, explain
-from ldm_deploy.onnx_graph import precision_found
+from ldm_deploy.eval.speedup import speedup
 from ldm_deploy.quantize.calibration import Samples
-from ldm_deploy.quantize.observe import Histogram
-from ldm_deploy.quantize.onnxruntime_cpu import RECIPES, has_vnni, observe_graph, quantize_graph
-from ldm_deploy.quantize.profile import profile_ops, slower_ops
-from ldm_deploy.quantize.scheme import RANGE_METHODS, Recipe
+from ldm_deploy.quantize.kit import Kit
+from ldm_deploy.quantize.profile import slower_ops
+from ldm_deploy.quantize.scheme import AnyRecipe
 from ldm_deploy.quantize.sparing import spare
-from ldm_deploy.runtime.engines import OnnxRuntimeEngine
 
-BASELINE = "fp32-onnxruntime-cpu"
-HELD_OUT = 8  # calibration samples that choose the range method and do not enter the ranges
+HELD_OUT = 8  # calibration samples that choose what is not a matter of speed, and do not enter the ranges
 MINIMUM_SPEEDUP = 1.0  # the lower end of the 95 % interval must be above
 ROUNDS = 40
 TIME_LIMIT_S = 20.0  # of the measurement, per component
@@ -38,27 +35,28 @@ class Candidate:
 
     name: str  # of the recipe
     path: Path
-    recipe: Recipe
+    recipe: AnyRecipe
     parity: ParityResult
-    found: dict[str, int]  # nodes per precision, read back from the graph that ONNX Runtime runs
-    speedup: dict[str, Any] | None = None
+    found: dict[str, int]  # nodes per precision, read back from what the runtime runs
+    speedup: dict[str, Any] | None = None  # against the fp32 sibling
+    comparisons: list[dict[str, Any]] = field(default_factory=list)  # against every sibling
     refused: str | None = None  # one sentence
     costly_ops: list[dict[str, Any]] = field(default_factory=list)
+    size_bytes: int = 0
 
 
 def quantize_component(
     component: str,
-    model_path: Path,
+    kit: Kit,
     folder: Path,
     samples: Samples,
     probes: Sequence[Probe],
     limit: float,
     *,
     batch: int = 1,
-    recipes: Mapping[str, Recipe] = RECIPES,
     seed: int = 0,
-    threads: int | None = None,
     rounds: int = ROUNDS,
+    refine: Callable[[Sequence[Candidate]], Candidate | None] | None = None,
     advance: Callable[[], object] = lambda: None,
 ) -> tuple[Candidate | None, list[Candidate]]:
     """The fastest engine that survives (or None), the smaller one of equals, and those refused, each with its reason.
@@ -66,44 +64,80 @@ def quantize_component(
     `limit`: largest relative error on `probes`; a recipe beyond it is tried again without its most sensitive nodes
     (`sparing.py`). `batch`: rows in one call of the measurement, as the pipeline makes it.
     Recipes that survive but are slower than the best are neither. Files are written into `folder`.
-    `advance` is called three times.
+    `refine` is given the correct engines once they are timed, and may return one more. `advance` is called three times.
     """
     held_out, observed = _split(samples)
-    histograms = observe_graph(model_path, observed, threads=threads)
+    folder.mkdir(parents=True, exist_ok=True)
+    kit.calibrate(observed, held_out, folder)
     advance()
-    reduce_range = has_vnni() is False
-    method = _range_method(model_path, folder, recipes, histograms, held_out, reduce_range, threads)
-    candidates: list[Candidate] = []
-    for name, recipe in recipes.items():
-        path = folder / f"{component}-{name}.onnx"
-        chosen = replace(recipe, range_method=method, reduce_range=reduce_range)
-        try:
-            quantize_graph(model_path, path, (), chosen, histograms=histograms)
-        except QuantizationError:
-            continue  # the graph has no op of this kind
-        parity = compare_outputs(OnnxRuntimeEngine(path, threads=threads), probes, limit)
-        if not parity.passed:
-            spared = spare(model_path, folder / "spared.onnx", chosen, histograms, probes, limit, threads=threads)
-            if spared is not None:
-                (folder / "spared.onnx").replace(path)
-                chosen, parity = spared
-        candidates.append(Candidate(name, path, chosen, parity, precision_found(path)))
-    if not candidates:
-        raise QuantizationError(f"{component} has nothing that a recipe could quantize; leave it out with --component")
+    candidates = build_candidates(component, kit, folder, probes, limit)
     advance()
-    for candidate in candidates:
-        if not candidate.parity.passed:
-            candidate.refused = explain(candidate.parity, component, f"{component}-int8 ({candidate.name})")
-        elif not candidate.found.get("int8"):
-            candidate.refused = (
-                f"{component}: ONNX Runtime runs none of the nodes quantized by recipe {candidate.name} in INT8 "
-                f"(read back: {candidate.found}); the fp32 engine is used"
-            )
     correct = [candidate for candidate in candidates if candidate.refused is None]
-    judge_speed(component, model_path, correct, _feeds(samples, batch), seed=seed, threads=threads, rounds=rounds)
+    feeds = batched(samples, batch)
+    judge_speed(component, kit, correct, feeds, seed=seed, rounds=rounds)
+    more = None if refine is None else refine(correct)
+    if more is not None:
+        # All that may win once more, in one run: what is compared was measured together.
+        correct = [more, *(candidate for candidate in correct if candidate.refused is None)]
+        candidates.append(more)
+        judge_speed(component, kit, correct, feeds, seed=seed, rounds=rounds)
     advance()
     survivors = [candidate for candidate in correct if candidate.refused is None]
     return _best(survivors), [candidate for candidate in candidates if candidate.refused is not None]
+
+
+def engine_name(component: str, kit: Kit) -> str:
+    """Of the file in a bundle; candidates have it too, each in a folder of its own: what was judged is what is kept."""
+    return f"{component}-int8{'' if kit.runtime == 'onnxruntime' else f'-{kit.runtime}'}{kit.suffix}"
+
+
+def build_candidates(component: str, kit: Kit, folder: Path, probes: Sequence[Probe], limit: float) -> list[Candidate]:
+    """One per recipe that finds something to quantize; those that are wrong, or INT8 in name only, are refused."""
+    candidates: list[Candidate] = []
+    same: set[tuple[Any, ...]] = set()
+    alone: dict[str, float] = {}
+    for name, recipe in kit.recipes.items():
+        path = folder / name / engine_name(component, kit)
+        chosen = kit.settle(recipe)
+        layers = tuple(layer.name for layer in kit.layers(chosen))
+        scaling = replace(chosen, op_types=(), keep_float=())
+        if not layers or ((scaling, layers) in same and all(layers)):
+            continue  # the graph has no op of this kind, or no other
+        same.add((scaling, layers))
+        kit.build(path, chosen)
+        parity = compare_outputs(kit.open(path, chosen), probes, limit)
+        milder = None if parity.passed else kit.milder(chosen)
+        if milder is not None:
+            kit.build(path, milder)
+            better = compare_outputs(kit.open(path, milder), probes, limit)
+            if better.passed:
+                chosen, parity = milder, better
+        if not parity.passed:
+            trial = folder / f"spared{kit.suffix}"
+            spared = spare(kit, trial, chosen, probes, limit, alone)
+            if spared is not None:
+                chosen, parity = spared
+                for file in kit.files(trial):
+                    file.unlink()
+                kit.build(path, chosen)
+        candidate = Candidate(name, path, chosen, parity, kit.found(path, chosen))
+        candidate.size_bytes = sum(file.stat().st_size for file in kit.files(path))
+        candidate.refused = _wrong(component, kit, candidate)
+        candidates.append(candidate)
+    if not candidates:
+        raise QuantizationError(f"{component} has nothing that a recipe could quantize; leave it out with --component")
+    return candidates
+
+
+def _wrong(component: str, kit: Kit, candidate: Candidate) -> str | None:
+    if not candidate.parity.passed:
+        return explain(candidate.parity, component, f"{component}-int8 ({candidate.name})")
+    if not candidate.found.get("int8"):
+        return (
+            f"{component}: {kit.title} runs none of the nodes quantized by recipe {candidate.name} in INT8 "
+            f"(read back: {candidate.found}); the fp32 engine is used"
+        )
+    return None
 
 
 def _best(survivors: Sequence[Candidate]) -> Candidate | None:
@@ -111,50 +145,60 @@ def _best(survivors: Sequence[Candidate]) -> Candidate | None:
     speedups = {candidate.name: candidate.speedup or {} for candidate in survivors}
     fastest = max((speedup["median"] for speedup in speedups.values()), default=0.0)
     level = [candidate for candidate in survivors if speedups[candidate.name]["ci95_high"] >= fastest]
-    return min(level, key=lambda candidate: candidate.path.stat().st_size, default=None)
+    return min(level, key=lambda candidate: candidate.size_bytes, default=None)
 
 
 def judge_speed(
     component: str,
-    baseline: Path,
+    kit: Kit,
     candidates: Sequence[Candidate],
     feeds: Mapping[str, np.ndarray],
     *,
     seed: int = 0,
-    threads: int | None = None,
     rounds: int = ROUNDS,
 ) -> None:
-    """Measure all candidates and the fp32 engine in one interleaved run; refuse those that are not surely faster."""
+    """Measure all candidates and their siblings in one interleaved run; refuse those not surely faster than each."""
     if not candidates:
         return
-    paths = {BASELINE: baseline, **{candidate.name: candidate.path for candidate in candidates}}
-    specs = {name: {"kind": "engine", "runtime": "onnxruntime", "path": str(path)} for name, path in paths.items()}
-    measured = compare_engines(specs, feeds, rounds=rounds, threads=threads, seed=seed, time_limit_s=TIME_LIMIT_S)
-    if BASELINE in measured["failed"]:
-        raise QuantizationError(f"{component}: the fp32 engine cannot be measured: {measured['failed'][BASELINE]}")
+    siblings = kit.siblings()
+    specs = siblings | {candidate.name: kit.spec(candidate.path, candidate.recipe) for candidate in candidates}
+    measured = compare_engines(specs, feeds, rounds=rounds, threads=kit.threads, seed=seed, time_limit_s=TIME_LIMIT_S)
+    first, *others = siblings
+    if first in measured["failed"]:
+        raise QuantizationError(f"{component}: the fp32 engine cannot be measured: {measured['failed'][first]}")
     for candidate in candidates:
         if candidate.name in measured["failed"]:
             candidate.refused = f"{component}: INT8 ({candidate.name}) fails: {measured['failed'][candidate.name]}"
             continue
         candidate.speedup = measured["speedup"][candidate.name]
-        if candidate.speedup["ci95_low"] <= MINIMUM_SPEEDUP:
-            _explain_slowness(component, baseline, candidate, feeds, threads)
+        samples = measured.get("samples_ms", {})
+        candidate.comparisons = [
+            measured["speedup"][candidate.name],
+            *(
+                speedup(samples[other], samples[candidate.name], other, seed=seed)
+                for other in others
+                if other in samples
+            ),
+        ]
+        for comparison in candidate.comparisons:
+            if comparison["ci95_low"] <= MINIMUM_SPEEDUP:
+                _explain_slowness(component, kit, candidate, comparison, feeds)
+                break
 
 
 def _explain_slowness(
-    component: str, baseline: Path, candidate: Candidate, feeds: Mapping[str, np.ndarray], threads: int | None
+    component: str, kit: Kit, candidate: Candidate, comparison: Mapping[str, Any], feeds: Mapping[str, np.ndarray]
 ) -> None:
-    """Name the ops that take longer than in the fp32 engine, from both kernel profiles."""
-    assert candidate.speedup is not None
-    before = profile_ops(baseline, feeds, threads=threads)
-    costly = slower_ops(before, profile_ops(candidate.path, feeds, threads=threads))
+    """Name the ops that take longer than in the sibling, from both kernel profiles."""
+    versus = str(comparison["versus"])
+    before = kit.profile(kit.siblings()[versus], feeds)
+    costly = slower_ops(before, kit.profile(kit.spec(candidate.path, candidate.recipe), feeds))
     candidate.costly_ops = [cost.to_dict() for cost in costly]
     named = ", ".join(f"{cost.op} {cost.ms:.2f} ms" for cost in costly[:3])
-    speedup = candidate.speedup
     candidate.refused = (
-        f"{component}: INT8 ({candidate.name}) is not faster than fp32: {speedup['median']:.2f}x "
-        f"({speedup['ci95_low']:.2f} to {speedup['ci95_high']:.2f}); time goes to {named or 'the same ops'}; "
-        "the fp32 engine is used"
+        f"{component}: INT8 ({candidate.name}) is not faster than {versus.partition('-')[0]}: "
+        f"{comparison['median']:.2f}x ({comparison['ci95_low']:.2f} to {comparison['ci95_high']:.2f}); "
+        f"time goes to {named or 'the same ops as before'}"
     )
 
 
@@ -167,34 +211,8 @@ def _split(samples: Samples) -> tuple[Samples, Samples]:
     return Samples(samples.arrays, sorted(held)), Samples(samples.arrays, [i for i in range(count) if i not in held])
 
 
-def _feeds(samples: Samples, batch: int) -> dict[str, np.ndarray]:
+def batched(samples: Samples, batch: int) -> dict[str, np.ndarray]:
     """`batch` samples from the middle of the set as one call."""
     rows = np.resize(np.arange(len(samples) // 2, len(samples)), batch)
     indices = [samples.indices[int(row)] for row in rows]
     return {name: np.ascontiguousarray(value[indices]) for name, value in samples.arrays.items()}
-
-
-def _range_method(
-    model_path: Path,
-    folder: Path,
-    recipes: Mapping[str, Recipe],
-    histograms: Mapping[str, Histogram],
-    held_out: Samples,
-    reduce_range: bool,
-    threads: int | None,
-) -> str:
-    """The way to choose ranges that errs least on samples which the ranges have not seen."""
-    reference = OnnxRuntimeEngine(model_path, threads=threads)
-    probes = [Probe(feeds, reference.run(feeds)) for feeds in held_out]
-    errors: dict[str, float] = {}
-    for method in RANGE_METHODS:
-        recipe = replace(next(iter(recipes.values())), range_method=method, reduce_range=reduce_range)
-        path = folder / "ranges.onnx"
-        try:
-            quantize_graph(model_path, path, (), recipe, histograms=histograms)
-        except QuantizationError:
-            return RANGE_METHODS[0]
-        result = compare_outputs(OnnxRuntimeEngine(path, threads=threads), probes, np.inf)
-        path.unlink()
-        errors[method] = float(np.sqrt(np.mean(np.square(result.errors))))
-    return min(errors, key=lambda name: errors[name] if np.isfinite(errors[name]) else np.inf)

@@ -13,19 +13,27 @@ What the kernel profile says (FACTS: 71 M U-Net, two Zen 4 cores):
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from ldm_deploy.errors import QuantizationError
-from ldm_deploy.onnx_graph import load_model
+from ldm_deploy.eval.parity import Probe, Runnable, compare_outputs
+from ldm_deploy.onnx_graph import load_model, precision_found
+from ldm_deploy.quantize.calibration import Samples
+from ldm_deploy.quantize.cpu import has_vnni
+from ldm_deploy.quantize.kit import LayerInfo, Spec
 from ldm_deploy.quantize.observe import Histogram, observe
+from ldm_deploy.quantize.profile import NodeTimes, OpCost, onnxruntime_node_times, profile_ops
 from ldm_deploy.quantize.qdq import insert_qdq, select_nodes, tensors_to_observe
-from ldm_deploy.quantize.scheme import Recipe
+from ldm_deploy.quantize.scheme import RANGE_METHODS, AnyRecipe, Recipe
+from ldm_deploy.runtime.engines import OnnxRuntimeEngine
+
+TARGET = "onnxruntime-cpu"
 
 # From most to least INT8. Which one is fastest depends on the graph and the machine, so it is measured.
-RECIPES: dict[str, Recipe] = {
+RECIPES: dict[str, AnyRecipe] = {
     "conv+matmul": Recipe(op_types=("Conv", "MatMul")),
     "conv": Recipe(op_types=("Conv",)),
     "matmul": Recipe(op_types=("MatMul",)),
@@ -89,15 +97,88 @@ def observe_graph(
     model = load_model(model_path)
     tensors: dict[str, None] = {}
     for recipe in RECIPES.values():
+        assert isinstance(recipe, Recipe)
         for name in tensors_to_observe(select_nodes(model, recipe), recipe):
             tensors.setdefault(name)
     return observe(model_path, list(tensors), calibration_samples, threads=threads)
 
 
-def has_vnni() -> bool | None:
-    """Whether the CPU multiplies U8 by S8 without saturating 16-bit sums; None where the system does not say."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return None
-    return any(flag in flags for flag in ("avx512_vnni", "avx_vnni", "asimddp", "i8mm"))
+class OnnxRuntimeKit:
+    """See `kit.Kit`."""
+
+    runtime = "onnxruntime"
+    title = "ONNX Runtime"
+    suffix = ".onnx"
+
+    def __init__(
+        self, model_path: Path, *, recipes: Mapping[str, AnyRecipe] = RECIPES, threads: int | None = None
+    ) -> None:
+        self.model_path = model_path
+        self.recipes = recipes
+        self.threads = threads
+        self._histograms: dict[str, Histogram] = {}
+        self._method = RANGE_METHODS[0]
+
+    def calibrate(self, observed: Samples, held_out: Samples, folder: Path) -> None:
+        """Observe, and take the way to choose ranges that errs least on samples which the ranges have not seen."""
+        if not any(self.layers(recipe) for recipe in self.recipes.values()):
+            return
+        self._histograms = observe_graph(self.model_path, observed, threads=self.threads)
+        reference = OnnxRuntimeEngine(self.model_path, threads=self.threads)
+        probes = [Probe(feeds, reference.run(feeds)) for feeds in held_out]
+        errors: dict[str, float] = {}
+        path = folder / "ranges.onnx"
+        for method in RANGE_METHODS:
+            self._method = method
+            recipe = self.settle(next(iter(self.recipes.values())))
+            try:
+                self.build(path, recipe)
+            except QuantizationError:
+                return
+            result = compare_outputs(self.open(path, recipe), probes, np.inf)
+            errors[method] = float(np.sqrt(np.mean(np.square(result.errors))))
+            for file in self.files(path):
+                file.unlink()
+        self._method = min(errors, key=lambda name: errors[name] if np.isfinite(errors[name]) else np.inf)
+
+    def settle(self, recipe: AnyRecipe) -> AnyRecipe:
+        assert isinstance(recipe, Recipe)
+        return replace(recipe, range_method=self._method, reduce_range=has_vnni() is False)
+
+    def milder(self, recipe: AnyRecipe) -> AnyRecipe | None:
+        return None  # all others are fp32
+
+    def layers(self, recipe: AnyRecipe) -> list[LayerInfo]:
+        assert isinstance(recipe, Recipe)
+        return [LayerInfo(node.name, node.op_type) for node in select_nodes(load_model(self.model_path), recipe)]
+
+    def build(self, path: Path, recipe: AnyRecipe) -> None:
+        assert isinstance(recipe, Recipe)
+        quantize_graph(self.model_path, path, (), recipe, histograms=self._histograms)
+
+    def files(self, path: Path) -> list[Path]:
+        return [file for file in (path, path.with_name(f"{path.name}.data")) if file.exists()]
+
+    def open(self, path: Path, recipe: AnyRecipe) -> Runnable:
+        return OnnxRuntimeEngine(path, threads=self.threads)
+
+    def found(self, path: Path, recipe: AnyRecipe) -> dict[str, int]:
+        return precision_found(path)
+
+    def spec(self, path: Path, recipe: AnyRecipe) -> Spec:
+        return {"kind": "engine", "runtime": "onnxruntime", "path": str(path)}
+
+    def siblings(self) -> dict[str, Spec]:
+        return {f"fp32-{TARGET}": {"kind": "engine", "runtime": "onnxruntime", "path": str(self.model_path)}}
+
+    def base(self, recipe: AnyRecipe) -> Spec:
+        return self.siblings()[f"fp32-{TARGET}"]
+
+    def open_spec(self, spec: Spec) -> Runnable:
+        return OnnxRuntimeEngine(Path(spec["path"]), threads=self.threads)
+
+    def node_times(self, spec: Spec, feeds: Mapping[str, np.ndarray], runs: int) -> list[NodeTimes]:
+        return onnxruntime_node_times(Path(spec["path"]), feeds, runs=runs, threads=self.threads)
+
+    def profile(self, spec: Spec, feeds: Mapping[str, np.ndarray]) -> list[OpCost]:
+        return profile_ops(Path(spec["path"]), feeds, threads=self.threads)

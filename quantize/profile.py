@@ -1,4 +1,4 @@
-"""Where an engine's time goes: milliseconds per op type, from ONNX Runtime's own profile."""
+"""Where an engine's time goes: milliseconds per op type, from the runtime's own profile."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+NodeTimes = dict[str, float]  # node and kernel -> milliseconds of one run
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,25 @@ def profile_ops(
     The first run (memory planning) is left out. Kernels run one after another, so the sum is about the latency, plus
     what profiling itself costs.
     """
+    return summarize_events(_events(path, feeds, runs, threads), runs)
+
+
+def onnxruntime_node_times(
+    path: Path, feeds: Mapping[str, np.ndarray], *, runs: int = 8, threads: int | None = None
+) -> list[NodeTimes]:
+    """Milliseconds of every kernel, one dict per run. A key has the node's name and its kernel's."""
+    events = _events(path, feeds, runs, threads)
+    starts = sorted(event["ts"] for event in events if event.get("name") == "model_run")[-runs:]
+    found: list[NodeTimes] = [{} for _ in starts]
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time") and event["ts"] >= starts[0]:
+            run = found[int(np.searchsorted(starts, event["ts"], side="right")) - 1]
+            key = f"{event['name'].removesuffix('_kernel_time')} {event['args']['op_name']}"
+            run[key] = run.get(key, 0.0) + event["dur"] / 1000
+    return found
+
+
+def _events(path: Path, feeds: Mapping[str, np.ndarray], runs: int, threads: int | None) -> list[dict[str, Any]]:
     import onnxruntime
 
     with tempfile.TemporaryDirectory() as folder:
@@ -44,8 +65,8 @@ def profile_ops(
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         for _ in range(runs + 1):
             session.run(None, dict(feeds))
-        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-    return summarize_events(events, runs)
+        events: list[dict[str, Any]] = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    return events
 
 
 def summarize_events(events: list[dict[str, Any]], runs: int) -> list[OpCost]:
@@ -60,6 +81,40 @@ def summarize_events(events: list[dict[str, Any]], runs: int) -> list[OpCost]:
             calls[event["args"]["op_name"]] += 1
     total = sum(time_us.values()) or 1
     return [OpCost(op, us / 1000 / runs, us / total, calls[op] // runs) for op, us in time_us.most_common()]
+
+
+def profile_openvino(
+    spec: Mapping[str, Any], feeds: Mapping[str, np.ndarray], *, runs: int = 8, threads: int | None = None
+) -> list[OpCost]:
+    """The same as `profile_ops` from OpenVINO's counters. `spec`: of a worker, with "path", "precision" and "rest"."""
+    time_ms: Counter[str] = Counter()
+    calls: Counter[str] = Counter()
+    for run in openvino_node_times(spec, feeds, runs=runs, threads=threads):
+        for key, milliseconds in run.items():
+            kind = key.split(" ")[1]
+            time_ms[kind] += milliseconds  # type: ignore[assignment]
+            calls[kind] += 1
+    total = sum(time_ms.values()) or 1
+    return [OpCost(op, ms / runs, ms / total, calls[op] // runs) for op, ms in time_ms.most_common()]
+
+
+def openvino_node_times(
+    spec: Mapping[str, Any], feeds: Mapping[str, np.ndarray], *, runs: int = 8, threads: int | None = None
+) -> list[NodeTimes]:
+    """Milliseconds of every node that ran, one dict per run. A key has the node's name, its kind and its kernel."""
+    from ldm_deploy.runtime.engine_openvino import OpenVinoEngine
+
+    compiled = spec.get("compiled")
+    engine = OpenVinoEngine(
+        Path(spec["path"]), precision=spec["precision"], rest=spec.get("rest"), threads=threads, profiled=True,
+        compiled=None if compiled is None else Path(compiled),
+    )  # fmt: skip
+    engine.run(feeds)
+    found = []
+    for _ in range(runs):
+        engine.run(feeds)
+        found.append({f"{name} {kind} {kernel}": ms for name, kind, kernel, ms in engine.profile()})
+    return found
 
 
 def slower_ops(before: list[OpCost], after: list[OpCost], count: int = 5) -> list[OpCost]:

@@ -65,6 +65,14 @@ def insert_qdq(model: Any, nodes: Sequence[Any], ranges: Ranges, recipe: Recipe)
     _Inserter(model, nodes, ranges, recipe).run()
 
 
+def store_weights(model: Any, nodes: Sequence[Any], smallest: int) -> None:
+    """Store the weights of `nodes`, where they have `smallest` values or more, as S8 per output channel, in place.
+
+    Activations and arithmetic stay float: a DequantizeLinear stands before each node.
+    """
+    _Inserter(model, nodes, {}, Recipe()).store_weights(smallest)
+
+
 class _Inserter:
     def __init__(self, model: Any, nodes: Sequence[Any], ranges: Ranges, recipe: Recipe) -> None:
         self.graph = model.graph
@@ -101,6 +109,13 @@ class _Inserter:
                 node.output[0] = f"{output}_float"
                 self._activation(output, output, source=node.output[0])
                 self.dequantized[output] = output
+        self._finish()
+
+    def store_weights(self, smallest: int) -> None:
+        for node in self.graph.node:
+            if id(node) in self.chosen and np.prod(self.initializers[node.input[1]].dims) >= smallest:
+                self._weight(node)
+            self.nodes.append(node)
         self._finish()
 
     def _constant(self, name: str, value: np.ndarray) -> str:

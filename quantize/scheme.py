@@ -30,6 +30,27 @@ class Recipe:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class OpenVinoRecipe:
+    """Which layers of an OpenVINO graph become INT8, and what all others compute in; see `openvino_cpu.py`."""
+
+    op_types: tuple[str, ...] = ("Convolution", "MatMul", "attention")  # kinds of `openvino_graph.Layer`
+    min_channels: int = 8  # a layer with fewer in- or output channels (the first, the last convolution) stays float
+    smooth_quant_alpha: float | None = (
+        None  # SmoothQuant of the MatMuls (Xiao et al. 2022, arXiv:2211.10438); None: off
+    )
+    symmetric: bool = False  # activations without zero point: coarser where they are one-sided, faster on some CPUs
+    rest: str = "fp32"  # or "bf16"
+    keep_float: tuple[str, ...] = ()  # names of layers that are not quantized
+    reduce_range: bool = False  # 7-bit weights, as in `Recipe`
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+AnyRecipe = Recipe | OpenVinoRecipe
+
+
 def activation_scale(low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
     """Scale (float32 scalar) and zero point (uint8 scalar) that cover [low, high] and hold 0 exactly."""
     low, high = min(low, 0.0), max(high, 0.0)

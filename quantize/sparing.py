@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from ldm_deploy.eval.parity import ParityResult, Probe, compare_outputs
-from ldm_deploy.onnx_graph import load_model
-from ldm_deploy.quantize.observe import Histogram
-from ldm_deploy.quantize.onnxruntime_cpu import quantize_graph
-from ldm_deploy.quantize.qdq import select_nodes
-from ldm_deploy.quantize.scheme import Recipe
-from ldm_deploy.runtime.engines import OnnxRuntimeEngine
+from ldm_deploy.quantize.kit import Kit
+from ldm_deploy.quantize.scheme import AnyRecipe
 
 MOST = 0.25  # share of a recipe's nodes that may be spared
 # Of the parity limit: what is spared is chosen on a few inputs, and a sampler's later steps amplify the rest.
@@ -22,34 +18,37 @@ MARGIN = 0.9
 
 
 def spare(
-    model_path: Path,
+    kit: Kit,
     path: Path,
-    recipe: Recipe,
-    histograms: Mapping[str, Histogram],
+    recipe: AnyRecipe,
     probes: Sequence[Probe],
     limit: float,
-    *,
-    threads: int | None = None,
-) -> tuple[Recipe, ParityResult] | None:
+    alone: dict[str, float] | None = None,
+) -> tuple[AnyRecipe, ParityResult] | None:
     """Write to `path` the recipe's graph with as few nodes in float as keep its error within `MARGIN` of `limit`.
 
     Every node is quantized alone and ranked by the error it causes in the component's output; those at the head of the
-    list are spared. None, and no file, if even `MOST` of the nodes are not enough.
+    list are spared. `alone` keeps these errors for the next recipe. None, and no file, if even `MOST` of the nodes are
+    not enough.
     """
 
-    def build(kept: Sequence[str], within: float) -> tuple[Recipe, ParityResult]:
+    def build(kept: Sequence[str], within: float) -> tuple[AnyRecipe, ParityResult]:
         chosen = replace(recipe, keep_float=tuple(kept))
-        quantize_graph(model_path, path, (), chosen, histograms=histograms)
-        return chosen, compare_outputs(OnnxRuntimeEngine(path, threads=threads), probes, within)
+        kit.build(path, chosen)
+        return chosen, compare_outputs(kit.open(path, chosen), probes, within)
 
-    names = [node.name for node in select_nodes(load_model(model_path), recipe)]
+    names = [layer.name for layer in kit.layers(recipe)]
     if len(set(names)) < len(names):
         return None  # without names of their own nodes cannot be told apart
-    alone = {name: build([other for other in names if other != name], np.inf)[1].relative_error for name in names}
+    alone = {} if alone is None else alone
+    for name in names:
+        if name not in alone:
+            alone[name] = build([other for other in names if other != name], np.inf)[1].relative_error
     ranked = sorted(names, key=lambda name: -alone[name])
     count = fewest(int(MOST * len(names)), lambda count: build(ranked[:count], MARGIN * limit)[1].passed)
     if count is None:
-        path.unlink()
+        for file in kit.files(path):
+            file.unlink()
         return None
     return build(ranked[:count], limit)
 

@@ -110,8 +110,8 @@ def test_wrong_arguments_are_one_line_and_exit_2(ldm_deploy_cli: Cli, arguments:
     [
         (["optimize", "reference", "--out", "b", "--target", "tensorrt-cuda"], "there is: onnxruntime-cpu"),
         (
-            ["quantize", "b", "--out", "c", "--target", "openvino-cpu"],
-            "for 'openvino-cpu' is not built yet",
+            ["quantize", "b", "--out", "c", "--target", "tensorrt-cuda"],
+            "for 'tensorrt-cuda' is not built yet",
         ),
         (["export", "reference", "--out", "b", "--precision", "bf16"], "not built for onnxruntime-cpu; there is: fp32"),
     ],
@@ -144,7 +144,7 @@ def test_optimize_hands_on_the_gates_exit_code(ldm_deploy_cli: Cli, stage: Any, 
     done = ldm_deploy_cli("optimize", "reference", "--out", "b", "--seed", 3, "--threads", 1, "--json", result)
     assert done.code == code
     assert json.loads(result.read_text()) == {"chosen": "x"}
-    arguments = {"targets": ["onnxruntime-cpu"], "budget": None, "seed": 3, "threads": 1}
+    arguments = {"targets": ["onnxruntime-cpu"], "budget": None, "builds": 0, "seed": 3, "threads": 1}
     optimize.assert_called_once_with("reference", Path("b"), **arguments)
 
 
@@ -197,8 +197,23 @@ def test_export_quantize_train_call_their_stages(ldm_deploy_cli: Cli, stage: Any
     assert ldm_deploy_cli("export", "reference", "--out", tmp_path, "--component", "unet", "--json", result).code == 0
     assert export.call_args.kwargs["components"] == ["unet"]
     assert json.loads(result.read_text()) == {"format": 1}
-    assert ldm_deploy_cli("quantize", "a", "--out", tmp_path, "--target", "onnxruntime-cpu").code == 0
+    engine = {
+        "id": "unet-int8-onnxruntime-cpu", "precision_found": {"int8": 3}, "comparisons": [],
+        "speedup": None, "size_bytes": 10**6,
+        "parity": {"relative_error": 0.01, "limit": 0.1}, "recipe": {"name": "conv"},
+        "recipes_refused": {"all": "slow"},
+    }  # fmt: skip
+    (tmp_path / "bundle.json").write_text(json.dumps({"engines": [engine]}))
+    done = ldm_deploy_cli("quantize", "a", "--out", tmp_path, "--target", "onnxruntime-cpu")
+    assert done.code == 0
+    assert "unet-int8-onnxruntime-cpu (conv): " in done.out
+    assert "refused: all: slow" in done.out
     assert quantize.call_args.kwargs["components"] is None
+    refused = [{"name": "unet-int8-onnxruntime-cpu (conv)", "reason": "not faster"}]
+    (tmp_path / "bundle.json").write_text(json.dumps({"engines": [], "refused": refused}))
+    done = ldm_deploy_cli("quantize", "a", "--out", tmp_path, "--target", "onnxruntime-cpu")
+    assert done.code == 3
+    assert "refused: unet-int8-onnxruntime-cpu (conv): not faster" in done.out
     assert ldm_deploy_cli("train", "tiny", "--out", tmp_path, "--resume").code == 0
     assert (train.call_args.args[:2], train.call_args.kwargs["seed"]) == (("tiny", "photos"), None)
 

@@ -110,7 +110,8 @@ def test_bench_is_the_bundle_and_what_stands_beside_its_peers(clone: Path) -> No
     calls(clone)
     assert make(clone, "bench").returncode == 0
     assert calls(clone) == [
-        "ldm-deploy bench build/reference", "python benchmarks/export_unet.py", "python benchmarks/unet_int8.py",
+        "ldm-deploy bench build/reference", "python benchmarks/export_unet.py",
+        "python benchmarks/quantization.py unet71m",
     ]  # fmt: skip
 
 

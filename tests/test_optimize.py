@@ -69,3 +69,24 @@ def test_old_receipt_does_not_cover_a_killed_rebuild(tmp_path):
 def test_unbuilt_target_is_refused(tmp_path):
     with pytest.raises(StageMissingError, match="target 'tensorrt-cuda' is not built yet; there is: onnxruntime-cpu"):
         optimize("reference", tmp_path / "out", targets=["tensorrt-cuda"])
+
+
+def test_the_plan_adds_up_what_will_be_run(ldm_deploy_cli, tmp_path):
+    from ldm_deploy.plan import Unit, plan
+
+    unit = Unit(0.004, 0.01, 7_000_000, {"unet": 100, "vae_decoder": 20}, 50, 4)
+    targets = {"onnxruntime-cpu": ("fp32",), "openvino-cpu": ("fp32", "bf16")}
+    steps = {step.stage: step for step in plan(unit, targets)}
+    assert list(steps) == ["export", "calibrate", "quantize onnxruntime-cpu", "quantize openvino-cpu", "evaluate"]
+    assert steps["export"].what.startswith("12 engines")
+    assert steps["evaluate"].seconds > 6 * 48 * (2 * 50 * 0.004 + 0.01)  # every image from every variant
+    searched = {step.stage: step for step in plan(unit, targets, builds=10)}
+    assert "about 120 layers" in searched["study openvino-cpu"].what
+    assert searched["search openvino-cpu"].seconds > 20 * 8
+    ran = ldm_deploy_cli(
+        "optimize", "reference", "--target", "openvino-cpu", "--dry-run", "--builds", 5, "--out", tmp_path / "out"
+    )
+    assert ran.code == 0, ran.err
+    assert "search openvino-cpu" in ran.out
+    assert "in all" in ran.out
+    assert list(tmp_path.iterdir()) == []

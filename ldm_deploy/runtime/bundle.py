@@ -45,6 +45,7 @@ class EngineRecord:
     built_for: dict[str, Any] | None = None  # what an engine that is not portable needs of the machine
     inputs: tuple[dict[str, Any], ...] = ()  # name, dtype and shape, in the engine's order
     outputs: tuple[dict[str, Any], ...] = ()
+    rest: str | None = None  # of int8 in OpenVINO: what all other nodes compute in
 
 
 @dataclass(frozen=True)

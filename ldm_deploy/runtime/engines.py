@@ -145,7 +145,7 @@ def open_engine(record: EngineRecord, root: Path, *, threads: int | None = None,
         from ldm_deploy.runtime.engine_openvino import OpenVinoEngine
 
         compiled = user_cache().compiled("openvino")
-        return OpenVinoEngine(path, precision=record.precision, threads=threads, compiled=compiled)
+        return OpenVinoEngine(path, precision=record.precision, rest=record.rest, threads=threads, compiled=compiled)
     if record.runtime == "tensorrt":
         from ldm_deploy.runtime.engine_tensorrt import TensorRtEngine
 

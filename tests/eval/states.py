@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ldm_deploy.eval.measure import BASELINE
-from tests.eval.studies import sensitivity, timestep_error
+from tests.eval.studies import search, sensitivity, timestep_error
 
 INT8 = "int8-onnxruntime-cpu"
 REFUSED = {
@@ -27,7 +27,7 @@ def prepare(case: Any, state: str) -> Any:
         case.data["variants"] = []
     result = case.report()
     if state == "studies":
-        result.studies = {"sensitivity": sensitivity(), "timestep_error": timestep_error()}
+        result.studies = {"sensitivity": sensitivity(), "timestep_error": timestep_error(), "search": search()}
     return result
 
 

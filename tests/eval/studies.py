@@ -1,4 +1,4 @@
-"""sensitivity.json and timestep_error.json by hand: small, and with every kind of entry that there can be."""
+"""sensitivity, timestep_error and search.json by hand: small, and with every kind of entry that there can be."""
 
 from __future__ import annotations
 
@@ -52,3 +52,20 @@ def timestep_error() -> dict[str, Any]:
         "device": "cpu", "versus": "fp32-torch-cpu", "steps": steps,
     }  # fmt: skip
     return {"format": 1, "created": "2026-01-01T00:00:00+00:00", "protocol": PROTOCOL, "series": [series]}
+
+
+def search() -> dict[str, Any]:
+    def one(layers: int, psnr_db: float, speedup: float, refused: str | None = None, **what: bool) -> Any:
+        return {
+            "layers": [f"conv{index}" for index in range(layers)], "psnr_db": psnr_db, "speedup": speedup,
+            "ci95": [speedup - 0.05, speedup + 0.05], "refused": refused, "pareto": False, "best": False, **what,
+        }  # fmt: skip
+
+    measured = [
+        one(4, 30.0, 1.6, pareto=True),
+        one(2, 36.0, 1.4, pareto=True, best=True),
+        one(1, 35.0, 1.1),
+        one(3, 12.0, 1.5, "it differs from the reference"),
+    ]
+    about = {"component": "unet", "runtime": "onnxruntime", "device": "cpu", "precision": "int8", "psnr_db_min": 34.0}
+    return {"format": 1, "created": "2026-01-01T00:00:00+00:00", "searches": [{**about, "measured": measured}]}

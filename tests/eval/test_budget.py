@@ -124,8 +124,8 @@ def test_parity_by_component_goes_before_precision_and_falls_back_to_the_shipped
     assert budget.parity_limit("int8", "unet") == 0.05
     assert budget.parity_limit("int8", "vae_decoder") == 0.2
     assert budget.parity_limit("fp32", "unet") == load_budget().parity_limit("fp32")
-    with pytest.raises(BudgetError, match="no parity limit for precision 'w4'"):
-        budget.parity_limit("w4")
+    with pytest.raises(BudgetError, match="no parity limit for precision 'mixed'"):
+        budget.parity_limit("mixed")
 
 
 def test_the_digest_changes_with_the_file(tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def test_the_choice_comes_first_and_every_variant_and_gate_is_there(report_in: R
     sections = [attributes["id"] for attributes in page.all("h2")]
     always = ["variants", "images", "gates", "figures"]
     trade = ["trade"] if page.all("svg") else []
-    studies = ["layers", "timesteps"] if state == "studies" else []
+    studies = ["layers", "search", "timesteps"] if state == "studies" else []
     assert sections == [*trade, *always, *studies, "conditions"]
     places = [page.text.index(text) for text in (title, *result["why"].split(" Not chosen: "), "All variants")]
     assert places == sorted(places)
@@ -227,6 +227,11 @@ def test_studies_are_shown_where_they_are_and_not_mentioned_where_they_are_not(r
     circles = [circle["class"] for circle in page.all("circle")]
     assert len(circles) == 4 + 3 + (2 + 3)
     assert circles.count("dot first hollow") == 2 + 2
+    marks = ["■ missed", "◆ chosen", "● kept", "✕ failed"]
+    tried = [row for row in page.rows if len(row) == 7 and row[1] in marks]
+    assert [row[1] for row in tried] == marks
+    assert tried[1][2:] == ["2", "36.0", "1.40 (1.35 to 1.45)", "yes", ""]
+    assert tried[3][-1] == "it differs from the reference"
 
 
 def test_figures_that_the_page_does_not_know_are_shown_as_they_are(report_in: Report) -> None:

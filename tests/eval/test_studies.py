@@ -10,9 +10,13 @@ import pytest
 
 from ldm_deploy.errors import EvaluationError
 from ldm_deploy.eval.studies import STUDIES, check_study, read_studies, study_schema
-from tests.eval.studies import sensitivity, timestep_error
+from tests.eval.studies import search, sensitivity, timestep_error
 
-MADE: dict[str, Callable[[], dict[str, Any]]] = {"sensitivity": sensitivity, "timestep_error": timestep_error}
+MADE: dict[str, Callable[[], dict[str, Any]]] = {
+    "sensitivity": sensitivity,
+    "timestep_error": timestep_error,
+    "search": search,
+}
 
 
 def test_what_is_there_is_read_and_what_is_not_is_left_out(tmp_path: Path) -> None:
@@ -20,6 +24,7 @@ def test_what_is_there_is_read_and_what_is_not_is_left_out(tmp_path: Path) -> No
     (tmp_path / "sensitivity.json").write_text(json.dumps(sensitivity()))
     assert read_studies(tmp_path) == {"sensitivity": sensitivity()}
     (tmp_path / "timestep_error.json").write_text(json.dumps(timestep_error()))
+    (tmp_path / "search.json").write_text(json.dumps(search()))
     assert read_studies(tmp_path) == {name: make() for name, make in MADE.items()}
 
 
@@ -27,7 +32,7 @@ def test_what_is_there_is_read_and_what_is_not_is_left_out(tmp_path: Path) -> No
 def test_the_schemas_are_valid_and_more_keys_may_be_there(name: str) -> None:
     jsonschema.Draft202012Validator.check_schema(study_schema(name))
     content = MADE[name]()
-    content["more"] = content["protocol"]["more"] = 1
+    content["more"] = content.setdefault("protocol", {})["more"] = 1
     check_study(name, content, "file")
 
 
@@ -44,6 +49,9 @@ DAMAGES: list[tuple[str, str, Callable[[Any], object]]] = [
     ("timestep_error", r"\$\.format is wrong: '1', allowed: 1", lambda c: c.update(format="1")),
     ("timestep_error", r"steps\[2\].reason is wrong: None", lambda c: c["series"][0]["steps"][2].update(reason=None)),
     ("timestep_error", r"steps\[0\].timestep is wrong: -1", lambda c: c["series"][0]["steps"][0].update(timestep=-1)),
+    ("search", r"speedup is wrong: 0 is less than or equal",
+     lambda c: c["searches"][0]["measured"][0].update(speedup=0)),
+    ("search", "'psnr_db_min' is a required property", lambda c: c["searches"][0].pop("psnr_db_min")),
     ("timestep_error", "'versus' is a required property", lambda c: c["series"][0].pop("versus")),
 ]  # fmt: skip
 
@@ -87,7 +95,10 @@ def test_the_examples_in_the_docs_are_valid(root: Path) -> None:
     text = (root / "docs" / "evaluation.md").read_text(encoding="utf-8").partition("\n## The report\n")[2]
     text = text.partition("\n## ")[0]
     examples = [json.loads(block.partition("```")[0]) for block in text.split("```json\n")[1:]]
-    named = {"sensitivity" if "studies" in content else "timestep_error": content for content in examples}
+    named = {
+        "sensitivity" if "studies" in one else "search" if "searches" in one else "timestep_error": one
+        for one in examples
+    }
     assert set(named) == set(STUDIES)
     for name, content in named.items():
         check_study(name, content, "docs/evaluation.md")

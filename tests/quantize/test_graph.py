@@ -13,8 +13,9 @@ from onnx import numpy_helper
 
 from ldm_deploy.errors import QuantizationError
 from ldm_deploy.onnx_graph import count_precisions, load_model, optimized_model, precision_found, read_signature
+from ldm_deploy.quantize.cpu import has_vnni
 from ldm_deploy.quantize.observe import observe
-from ldm_deploy.quantize.onnxruntime_cpu import RECIPES, has_vnni, observe_graph, quantize_graph
+from ldm_deploy.quantize.onnxruntime_cpu import RECIPES, observe_graph, quantize_graph
 from ldm_deploy.quantize.scheme import RANGE_METHODS, Recipe
 
 Feeds = dict[str, np.ndarray]

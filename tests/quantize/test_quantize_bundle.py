@@ -15,9 +15,10 @@ from onnx import helper, numpy_helper
 from ldm_deploy.errors import QuantizationError, StageMissingError
 from ldm_deploy.eval.budget import load_budget
 from ldm_deploy.eval.parity import ParityResult, Probe, write_probes
-from ldm_deploy.quantize import candidates, sparing
+from ldm_deploy.quantize import candidates, onnxruntime_cpu
 from ldm_deploy.quantize.calibration import CalibrationSet, Samples, collect, write_calibration
 from ldm_deploy.quantize.candidates import Candidate, judge_speed, quantize_component
+from ldm_deploy.quantize.onnxruntime_cpu import OnnxRuntimeKit
 from ldm_deploy.quantize.profile import OpCost, profile_ops, slower_ops, summarize_events
 from ldm_deploy.quantize.quantize import quantize_bundle
 from ldm_deploy.quantize.scheme import Recipe
@@ -131,7 +132,7 @@ def test_a_wrong_engine_is_refused_whatever_its_speed(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plant_speeds(monkeypatch, {"conv+matmul": 9, "conv": 9, "matmul": 9})
-    original = candidates.quantize_graph
+    original = onnxruntime_cpu.quantize_graph
 
     def swapped(model: Path, out: Path, *arguments: Any, **options: Any) -> Any:
         result = original(model, out, *arguments, **options)
@@ -142,8 +143,7 @@ def test_a_wrong_engine_is_refused_whatever_its_speed(
         onnx.save(graph, str(out))
         return result
 
-    monkeypatch.setattr(candidates, "quantize_graph", swapped)
-    monkeypatch.setattr(sparing, "quantize_graph", swapped)
+    monkeypatch.setattr(onnxruntime_cpu, "quantize_graph", swapped)
     data = quantize(source, tmp_path / "out")
     assert len(data["refused"]) == 3
     for entry in data["refused"]:
@@ -180,7 +180,7 @@ def test_a_planted_slow_engine_is_measured_and_refused_and_a_fast_one_is_not(den
 
     def judged(baseline: Path, path: Path) -> Candidate:
         candidate = Candidate("planted", path, Recipe(), parity, {"int8": 1})
-        judge_speed("unet", baseline, [candidate], make_feeds(0, batch=2), threads=1, rounds=12)
+        judge_speed("unet", OnnxRuntimeKit(baseline, threads=1), [candidate], make_feeds(0, batch=2), rounds=12)
         return candidate
 
     refused = judged(denoiser, slow)
@@ -198,13 +198,12 @@ def test_a_planted_slow_engine_is_measured_and_refused_and_a_fast_one_is_not(den
 def test_an_engine_that_is_int8_in_name_only_is_refused(
     denoiser: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(candidates, "precision_found", lambda path: {"fp32": 9})
+    monkeypatch.setattr(onnxruntime_cpu, "precision_found", lambda path: {"fp32": 9})
     feeds = make_feeds(0)
     probes = [Probe(feeds, OnnxRuntimeEngine(denoiser, threads=1).run(feeds))]
     samples = Samples({name: np.concatenate([make_feeds(seed)[name] for seed in range(20)]) for name in feeds})
-    best, refused = quantize_component(
-        "unet", denoiser, tmp_path, samples, probes, 0.1, recipes={"conv": Recipe(op_types=("Conv",))}, threads=1
-    )
+    kit = OnnxRuntimeKit(denoiser, recipes={"conv": Recipe(op_types=("Conv",))}, threads=1)
+    best, refused = quantize_component("unet", kit, tmp_path, samples, probes, 0.1)
     assert best is None
     assert refused[0].refused is not None
     assert "runs none of the nodes quantized by recipe conv in INT8" in refused[0].refused
@@ -226,7 +225,9 @@ def test_a_foreign_calibration_file_is_refused(source: Path, tmp_path: Path) -> 
 def test_what_cannot_be_quantized_is_said(source: Path, tmp_path: Path) -> None:
     with pytest.raises(QuantizationError, match=r"text_encoder cannot be quantized: .* recipes for unet, vae_decoder"):
         quantize_bundle(source, tmp_path / "out", components=["text_encoder"])
-    with pytest.raises(StageMissingError, match="'openvino-cpu' is not built yet"):
+    with pytest.raises(StageMissingError, match="'tensorrt-cuda' is not built yet; there is: onnxruntime-cpu, openvin"):
+        quantize_bundle(source, tmp_path / "out", target="tensorrt-cuda")
+    with pytest.raises(QuantizationError, match=r"fp32 engines for openvino-cpu of nothing.*export it with --target"):
         quantize_bundle(source, tmp_path / "out", target="openvino-cpu")
 
 

@@ -11,8 +11,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ldm_deploy.eval.parity import Probe
 from ldm_deploy.onnx_graph import load_model
+from ldm_deploy.quantize.calibration import Samples
 from ldm_deploy.quantize.candidates import Candidate, _best
-from ldm_deploy.quantize.onnxruntime_cpu import RECIPES, observe_graph
+from ldm_deploy.quantize.onnxruntime_cpu import RECIPES, OnnxRuntimeKit
 from ldm_deploy.quantize.qdq import select_nodes
 from ldm_deploy.quantize.sparing import fewest, spare
 from ldm_deploy.runtime.engines import OnnxRuntimeEngine
@@ -54,8 +55,10 @@ def run(graph: Path, tmp_path: Path, limit: float):
     feeds = [{"x": draw.standard_normal((4, WIDTH)).astype(np.float32)} for _ in range(4)]
     engine = OnnxRuntimeEngine(graph, threads=1)
     probes = [Probe(one, engine.run(one)) for one in feeds]
-    histograms = observe_graph(graph, feeds, threads=1)
-    return spare(graph, tmp_path / "out.onnx", RECIPES["matmul"], histograms, probes, limit, threads=1)
+    kit = OnnxRuntimeKit(graph, recipes={"matmul": RECIPES["matmul"]}, threads=1)
+    samples = Samples({"x": np.stack([one["x"][0] for one in feeds])})
+    kit.calibrate(Samples({"x": np.concatenate([one["x"] for one in feeds])}), samples, tmp_path)
+    return spare(kit, tmp_path / "out.onnx", RECIPES["matmul"], probes, limit)
 
 
 def test_the_planted_node_is_spared_and_no_other(graph: Path, tmp_path: Path) -> None:
@@ -95,7 +98,7 @@ def test_of_equally_fast_engines_the_smaller_is_kept(tmp_path: Path) -> None:
         path = tmp_path / name
         path.write_bytes(b"0" * size)
         speedup = {"median": median, "ci95_low": 1.0, "ci95_high": high}
-        return Candidate(name, path, RECIPES["conv"], parity=None, found={}, speedup=speedup)  # type: ignore[arg-type]
+        return Candidate(name, path, RECIPES["conv"], parity=None, found={}, speedup=speedup, size_bytes=size)  # type: ignore[arg-type]
 
     large, small, slow = (
         candidate("large", 9, 1.4, 1.5),

@@ -1,0 +1,263 @@
+"""INT8 for OpenVINO: which layers, that undoing one gives the float layer back, and that losers are refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ldm_deploy.errors import QuantizationError
+from ldm_deploy.eval.parity import Probe, relative_error, write_probes
+from ldm_deploy.quantize import candidates, openvino_cpu
+from ldm_deploy.quantize.calibration import Samples
+from ldm_deploy.quantize.candidates import quantize_component
+from ldm_deploy.quantize.openvino_cpu import OpenVinoKit, check_activations
+from ldm_deploy.quantize.openvino_graph import layers_of, quantized_layers, restore
+from ldm_deploy.quantize.scheme import OpenVinoRecipe
+from ldm_deploy.runtime.bundle import verify_bundle, write_bundle
+from ldm_deploy.runtime.engine_openvino import OpenVinoEngine
+from ldm_deploy.runtime.pipeline import load
+from tests.quantize.conftest import make_feeds
+from tests.tiny_bundle import write_tiny_bundle
+
+openvino = pytest.importorskip("openvino")
+pytest.importorskip("nncf")
+
+
+def to_xml(onnx: Path, xml: Path) -> Path:
+    openvino.save_model(openvino.Core().read_model(onnx), xml, compress_to_fp16=False)
+    return xml
+
+
+def stacked(count: int) -> Samples:
+    feeds = [make_feeds(seed) for seed in range(count)]
+    return Samples({name: np.concatenate([one[name] for one in feeds]) for name in feeds[0]})
+
+
+@pytest.fixture(scope="module")
+def xml(denoiser: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return to_xml(denoiser, tmp_path_factory.mktemp("openvino") / "unet-fp32.xml")
+
+
+@pytest.fixture(scope="module")
+def probes(xml: Path) -> list[Probe]:
+    engine = OpenVinoEngine(xml, threads=1)
+    return [Probe(feeds, engine.run(feeds)) for feeds in (make_feeds(1), make_feeds(2, batch=3, height=4, width=20))]
+
+
+@pytest.fixture(scope="module")
+def kit(xml: Path, tmp_path_factory: pytest.TempPathFactory) -> OpenVinoKit:
+    """Calibrated once."""
+    kit = OpenVinoKit(xml, threads=1)
+    kit.calibrate(stacked(8), stacked(4), tmp_path_factory.mktemp("kit"))
+    return kit
+
+
+def test_layers_are_read_from_the_graph(xml: Path) -> None:
+    layers = layers_of(openvino.Core().read_model(xml))
+    kinds = [(layer.kind, layer.channels, layer.rows) for layer in layers]
+    assert kinds.count(("Convolution", (4, 16), True)) == 1
+    assert kinds.count(("Convolution", (16, 16), True)) == 1
+    assert kinds.count(("Convolution", (16, 4), True)) == 1
+    assert kinds.count(("MatMul", (1, 16), False)) == 1  # the timestep's Gemm: as many rows as the batch
+    assert kinds.count(("MatMul", (8, 16), True)) == 2
+    assert kinds.count(("attention", (0, 0), True)) == 2
+    assert len({layer.name for layer in layers}) == len(layers)
+
+
+def test_narrow_layers_and_the_timestep_stay_float(kit: OpenVinoKit) -> None:
+    chosen = [layer.op for layer in kit.layers(kit.settle(OpenVinoRecipe()))]
+    assert chosen.count("Convolution") == 1  # the middle one
+    assert chosen.count("MatMul") == 3
+    assert {layer.op for layer in kit.layers(OpenVinoRecipe(op_types=("Convolution",)))} == {"Convolution"}
+    with pytest.raises(QuantizationError, match="no Convolution that NNCF quantizes"):
+        kit.build(Path("never.xml"), kit.settle(OpenVinoRecipe(op_types=("Convolution",), min_channels=64)))
+
+
+def test_a_graph_with_every_layer_restored_is_the_original(
+    kit: OpenVinoKit, xml: Path, probes: list[Probe], tmp_path: Path
+) -> None:
+    assert {symmetric for _, symmetric in kit._quantized} == {False, True}
+    for scaling, path in kit._quantized.items():
+        model, original = (openvino.Core().read_model(file) for file in (path, xml))
+        names = quantized_layers(model)
+        assert names, scaling
+        restore(model, original, names)
+        assert quantized_layers(model) == set()
+        openvino.save_model(model, tmp_path / f"{path.stem}.xml", compress_to_fp16=False)
+        engine = OpenVinoEngine(tmp_path / f"{path.stem}.xml", threads=1)
+        for probe in probes:
+            assert relative_error(probe.outputs["prediction"], engine.run(probe.inputs)["prediction"]) < 1e-5
+
+
+def test_what_is_read_back_is_what_the_recipe_chose(kit: OpenVinoKit, probes: list[Probe], tmp_path: Path) -> None:
+    errors = []
+    for kinds in (("Convolution",), ("Convolution", "MatMul")):
+        recipe = kit.settle(OpenVinoRecipe(op_types=kinds))
+        path = tmp_path / f"{len(kinds)}.xml"
+        kit.build(path, recipe)
+        found = kit.found(path, recipe)
+        assert found["int8"] >= len(kinds)
+        assert sum(count for name, count in found.items() if name != "int8") >= 3  # first, last, timestep at least
+        outputs = kit.open(path, recipe).run(probes[0].inputs)["prediction"]
+        errors.append(relative_error(probes[0].outputs["prediction"], outputs))
+        assert 1e-4 < errors[-1] < 0.1
+        costs = kit.profile(kit.spec(path, recipe), probes[0].inputs)
+        assert {"Convolution"} <= {cost.op for cost in costs}
+        assert sum(cost.share for cost in costs) == pytest.approx(1)
+
+
+def test_the_same_samples_give_the_same_bytes(xml: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        openvino_cpu.quantize_file(xml, tmp_path / f"{name}.xml", stacked(4), OpenVinoRecipe(smooth_quant_alpha=0.5))
+    assert (tmp_path / "a.bin").read_bytes() == (tmp_path / "b.bin").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def source(xml: Path, probes: list[Probe], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny bundle for OpenVINO, with a U-Net that has something to quantize."""
+    directory = write_tiny_bundle(tmp_path_factory.mktemp("source") / "bundle")
+    data = json.loads((directory / "bundle.json").read_text())
+    for engine in data["engines"]:
+        onnx = directory / engine["files"][0]
+        path = xml if engine["component"] == "unet" else to_xml(onnx, onnx.with_suffix(".xml"))
+        for file in (path, path.with_suffix(".bin")):
+            (directory / "engines" / f"{onnx.stem}{file.suffix}").write_bytes(file.read_bytes())
+        onnx.unlink()
+        engine["files"] = [f"engines/{onnx.stem}{suffix}" for suffix in (".xml", ".bin")]
+        engine |= {"runtime": "openvino", "id": engine["id"].replace("onnxruntime", "openvino")}
+        engine["runtime_versions"] = ">=2025.2"
+    (variant,) = data["variants"]
+    variant |= {"name": "fp32-openvino-cpu", "engines": [engine["id"] for engine in data["engines"]]}
+    data["default_variant"] = variant["name"]
+    (directory / "probes").mkdir()
+    write_probes(directory / "probes" / "unet.safetensors", probes)
+    write_bundle(directory, data)
+    return directory
+
+
+def plant_speeds(monkeypatch: pytest.MonkeyPatch, versus_fp32: float, versus_bf16: float) -> None:
+    """Replace the measurement: constant times, so that intervals are points."""
+
+    def compare(specs: dict[str, Any], feeds: object, **options: object) -> dict[str, Any]:
+        first = next(iter(specs))
+        time = dict.fromkeys(specs, 1.0) | {first: versus_fp32, "bf16-openvino-cpu": versus_bf16}
+        samples = {name: [time[name]] * 8 for name in specs}
+        return {
+            "failed": {},
+            "samples_ms": samples,
+            "speedup": {
+                name: {"versus": first, "median": versus_fp32, "ci95_low": versus_fp32, "ci95_high": versus_fp32}
+                for name in specs
+            },
+        }
+
+    monkeypatch.setattr(candidates, "compare_engines", compare)
+    monkeypatch.setattr(openvino_cpu, "has_bf16", lambda: True)
+    # What would be bf16 is planted; it is not to be computed on a CPU that may lack it.
+    monkeypatch.setattr(OpenVinoKit, "profile", lambda self, spec, feeds: [])
+
+
+def test_a_bundle_gets_int8_for_openvino(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ldm_deploy_cli: Any
+) -> None:
+    plant_speeds(monkeypatch, 3.0, 2.0)
+    arguments = ("quantize", source, "--target", "openvino-cpu", "--component", "unet", "--out", tmp_path / "out")
+    ran = ldm_deploy_cli(*arguments, "--threads", 1, "--quiet")
+    assert ran.code == 0, ran.err
+    data = verify_bundle(tmp_path / "out").data
+    engine = data["engines"][-1]
+    assert engine["id"] == "unet-int8-openvino-cpu"
+    assert (engine["precision"], engine["rest"]) == ("int8", "bf16")
+    assert engine["files"] == ["engines/unet-int8-openvino.xml", "engines/unet-int8-openvino.bin"]
+    assert engine["precision_found"]["int8"] >= 1
+    assert 0 < engine["parity"]["relative_error"] < 0.1
+    assert [one["versus"] for one in engine["comparisons"]] == ["fp32-openvino-cpu", "bf16-openvino-cpu"]
+    assert engine["comparisons"][1]["median"] == pytest.approx(2.0)
+    assert [variant["name"] for variant in data["variants"]] == ["fp32-openvino-cpu", "mixed-openvino-cpu"]
+    first, second = (
+        load(tmp_path / "out", variant=f"{name}-openvino-cpu", threads=1)("sun", seed=3).astype(int)
+        for name in ("fp32", "mixed")
+    )
+    assert 0 < np.abs(first - second).mean() < 6
+
+
+def test_faster_than_fp32_but_not_than_bf16_is_refused(
+    xml: Path, probes: list[Probe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant_speeds(monkeypatch, 3.0, 0.9)
+    kit = OpenVinoKit(xml, recipes={"conv": OpenVinoRecipe(op_types=("Convolution",))}, threads=1)
+    best, refused = quantize_component("unet", kit, tmp_path, stacked(4), probes, 0.1)
+    assert best is None
+    assert refused[0].refused is not None
+    assert refused[0].refused.startswith(
+        "unet: INT8 (conv) is not faster than bf16: 0.90x (0.90 to 0.90); time goes to"
+    )
+    assert refused[0].comparisons[0]["median"] == 3.0
+
+
+def test_a_wrong_engine_is_refused(
+    xml: Path, probes: list[Probe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights of the middle convolution are turned round after quantization."""
+    plant_speeds(monkeypatch, 9, 9)
+    original = openvino_cpu.restore
+
+    def swapped(model: Any, before: Any, names: Any) -> None:
+        original(model, before, names)
+        for node in model.get_ordered_ops():
+            if node.get_type_name() == "Constant" and list(node.get_output_shape(0)) == [16, 16, 3, 3]:
+                node.output(0).replace(openvino.opset13.constant(node.data[::-1].copy()).output(0))
+
+    monkeypatch.setattr(openvino_cpu, "restore", swapped)
+    kit = OpenVinoKit(xml, recipes={"conv": OpenVinoRecipe(op_types=("Convolution",))}, threads=1)
+    best, refused = quantize_component("unet", kit, tmp_path, stacked(4), probes, 0.1)
+    assert best is None
+    assert "differs from the reference: output 'prediction' on the probe " in str(refused[0].refused)
+
+
+def test_what_is_not_finite_is_named_with_layer_and_timestep(denoiser: Path, tmp_path: Path) -> None:
+    import onnx
+    from onnx import numpy_helper
+
+    model = onnx.load(str(denoiser))
+    for tensor in model.graph.initializer:
+        if tensor.name == "middle.bias":
+            tensor.CopyFrom(numpy_helper.from_array(np.full(16, np.inf, np.float32), tensor.name))
+    onnx.save(model, str(tmp_path / "broken.onnx"))
+    path = to_xml(tmp_path / "broken.onnx", tmp_path / "broken.xml")
+    feeds = make_feeds(0)
+    expected = rf"activation 'middle.*' is not finite on calibration sample 0, timestep \[{feeds['timestep'][0]}\]"
+    with pytest.raises(QuantizationError, match=expected):
+        check_activations(path, Samples(feeds), 1)
+
+
+def test_a_recipe_that_errs_beside_bf16_is_tried_beside_fp32_before_layers_are_spared(
+    xml: Path, probes: list[Probe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What would be bf16 is planted: its outputs are 1.3 times too large."""
+    plant_speeds(monkeypatch, 2.0, 2.0)
+    plain = OpenVinoKit.open
+
+    class Larger:
+        def __init__(self, engine: Any) -> None:
+            self.engine = engine
+
+        def run(self, feeds: Any) -> Any:
+            return {name: np.float32(1.3) * value for name, value in self.engine.run(feeds).items()}
+
+    def opened(self: OpenVinoKit, path: Path, recipe: Any) -> Any:
+        engine = plain(self, path, replace(recipe, rest="fp32"))
+        return Larger(engine) if recipe.rest == "bf16" else engine
+
+    monkeypatch.setattr(OpenVinoKit, "open", opened)
+    kit = OpenVinoKit(xml, recipes={"conv": OpenVinoRecipe(op_types=("Convolution",))}, threads=1)
+    best, refused = quantize_component("unet", kit, tmp_path, stacked(4), probes, 0.1)
+    assert best is not None, [one.refused for one in refused]
+    assert isinstance(best.recipe, OpenVinoRecipe)
+    assert (best.recipe.rest, best.recipe.keep_float) == ("fp32", ())
+    assert kit.spec(best.path, best.recipe)["rest"] == "fp32"
