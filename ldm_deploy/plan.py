@@ -1,6 +1,6 @@
 """What `optimize` is going to do, and about how long it takes: the model's own speed, measured, times what will be run.
 
-The factors were fitted on two cores, for models of 7 and 70 million parameters, and are right to a factor of two.
+The factors are estimates from a few runs on two cores; nothing was fitted, and they may be off by several times.
 """
 
 from __future__ import annotations
@@ -111,5 +111,5 @@ def print_plan(steps: Sequence[Step]) -> dict[str, Any]:
     for step in steps:
         print(f"{step.stage:28} about {duration(step.seconds):>12}  {step.what}")
     total = sum(step.seconds for step in steps)
-    print(f"{'in all':28} about {duration(total):>12}  (right to a factor of two; a stage that is there is reused)")
+    print(f"{'in all':28} about {duration(total):>12}  (a rough estimate; a stage that is there is reused)")
     return {"format": 1, "steps": [asdict(step) for step in steps], "seconds": total}

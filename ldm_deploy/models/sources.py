@@ -41,15 +41,19 @@ class Source(Protocol):
         ...
 
 
+SHIPPED = ("reference", "few-steps")  # the second is a student of the first that draws in 1 to 8 steps
+
+
 def resolve_source(source: str | Path) -> Path:
-    """The directory of a source; "reference" is the shipped one. Raises `ArtifactError` if it is none."""
-    if str(source) == "reference":
-        return Path(str(resources.files("ldm_deploy") / "assets" / "reference"))
+    """The directory of a source; those in `SHIPPED` are in this package. Raises `ArtifactError` if it is none."""
+    if str(source) in SHIPPED:
+        return Path(str(resources.files("ldm_deploy") / "assets" / str(source)))
     path = Path(source)
     if not (path / "model.json").is_file() and not (path / INDEX).is_file():
         raise ArtifactError(
             f"{str(source)!r} is no model: there is no {path / 'model.json'} and no {path / INDEX}; give 'reference' "
-            "(the shipped one), a directory written by `ldm-deploy train`, or a checkpoint in the layout of diffusers"
+            "or 'few-steps' (the shipped ones), a directory written by `ldm-deploy train`, or a checkpoint in the "
+            "layout of diffusers"
         )
     return path
 

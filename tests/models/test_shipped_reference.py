@@ -40,6 +40,24 @@ def test_files_are_those_of_the_manifest_and_the_card_tells_how_they_were_made(d
         assert summary["steps"] == record["config"][f"{stage}_training"]["steps"]
 
 
+def test_the_student_has_a_unet_of_its_own_and_tells_how_it_was_made():
+    student = resolve_source("few-steps")
+    verify_manifest(student)
+    record = json.loads((student / "training.json").read_text())
+    assert record["command"] in (student / "README.md").read_text()
+    assert record["stages"]["distillation"]["steps"] == record["config"]["training"]["steps"]
+    assert [file.name for file in student.glob("*.safetensors")] == ["unet.safetensors"]
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_the_student_draws_in_few_steps_what_its_teacher_draws_in_many(directory, steps):
+    prompts, seeds = ["red heart", "blue square", "grinning face"], [0, 0, 0]
+    teacher = torch_pipeline(load_reference(directory))(prompts, seed=seeds, steps=20).astype(float)
+    student = torch_pipeline(load_reference("few-steps"))(prompts, seed=seeds, steps=steps).astype(float)
+    distances = np.abs(student[:, None] - teacher[None]).mean(axis=(2, 3, 4))
+    assert list(distances.argmin(axis=1)) == [0, 1, 2]
+
+
 def test_it_draws_what_it_is_asked_for_and_not_one_thing(directory):
     pipeline = torch_pipeline(load_reference(directory))
     images = pipeline(["red heart", "red heart", "blue square"], seed=[0, 1, 0], steps=8)
