@@ -288,6 +288,7 @@ def eval_(
     reference: Annotated[Path | None, Option("--reference", metavar="DIR", help="The fp32 model, or images.")] = None,
     against: Annotated[Path | None, Option("--against", metavar="REPORT.json", help="An earlier result.")] = None,
     data: Annotated[str | None, Option("--data", metavar="PATH", help="Images of your own to reconstruct.")] = None,
+    student: Annotated[list[str] | None, Option("--student", metavar="S", help="Beside the reference; repeat.")] = None,
     out: Annotated[Path | None, Option("--out", metavar="DIR", help="For the report (DIR.report).")] = None,
     processes: Annotated[int | None, Option("--processes", min=1, help="To compare images with.")] = None,
     ray: Annotated[str | None, Option("--ray", metavar="ADDRESS", help="Compare images on a Ray cluster.")] = None,
@@ -297,10 +298,14 @@ def eval_(
 
     Quality, latency, memory and size against the fp32 reference in torch, with the same seeds; with --against also
     against an earlier report.json of this bundle, and exit 3 if it was better. Of a folder of images: their quality
-    against the images of the same names in --reference.
+    against the images of the same names in --reference. Of a reference: what it is worth; with --student, each a
+    reference or a bundle, the teacher and its students side by side.
     """
     from ldm_deploy.eval import reconstruction
+    from ldm_deploy.models.sources import SHIPPED, resolve_source
 
+    if str(directory) in SHIPPED and not directory.exists():
+        directory = resolve_source(directory)
     if (directory / "model.json").is_file():
         if against is not None:
             raise ConfigError(f"{directory} is a reference, and --against compares bundles; leave it out")
@@ -309,11 +314,17 @@ def eval_(
         images = data or os.environ.get("LDM_DEPLOY_DATA")
         if images is None:
             raise ConfigError(f"{directory} is a reference, which is scored on images; give --data PATH")
+        if student:
+            from ldm_deploy.eval.scoreboard import write_scoreboard
+
+            return write_scoreboard(directory, student, images, out or Path("build/scoreboard"), seed, threads), 0
         if reconstruction.is_plain_folder(images):
             record = reconstruction.reconstruct_reference(directory, images, threads=threads, seed=seed)
             print("\n".join(reconstruction.describe(directory.name, record)))
             return {"format": 1, "reconstruction": record}, 0
         return score_reference(directory, images), 0
+    if student:
+        raise ConfigError(f"{directory} is no reference, and --student is for one's students; leave it out")
     from ldm_deploy.eval import folders
     from ldm_deploy.eval.budget import load_budget
 

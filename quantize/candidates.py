@@ -6,6 +6,7 @@ measurement against the fp32 engine (do no harm).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -56,13 +57,15 @@ def quantize_component(
     batch: int = 1,
     seed: int = 0,
     rounds: int = ROUNDS,
+    size_limit: float = math.inf,
     refine: Callable[[Sequence[Candidate]], Candidate | None] | None = None,
     advance: Callable[[], object] = lambda: None,
 ) -> tuple[Candidate | None, list[Candidate]]:
     """The fastest engine that survives (or None), the smaller one of equals, and those refused, each with its reason.
 
     `limit`: largest relative error on `probes`; a recipe beyond it is tried again without its most sensitive nodes
-    (`sparing.py`). `batch`: rows in one call of the measurement, as the pipeline makes it.
+    (`sparing.py`). `batch`: rows in one call of the measurement, as the pipeline makes it. `size_limit`: bytes; an
+    engine beyond it is the one to keep only if all are.
     Recipes that survive but are slower than the best are neither. Files are written into `folder`.
     `refine` is given the correct engines once they are timed, and may return one more. `advance` is called three times.
     """
@@ -83,7 +86,7 @@ def quantize_component(
         judge_speed(component, kit, correct, feeds, seed=seed, rounds=rounds)
     advance()
     survivors = [candidate for candidate in correct if candidate.refused is None]
-    return _best(survivors), [candidate for candidate in candidates if candidate.refused is not None]
+    return _best(survivors, size_limit), [candidate for candidate in candidates if candidate.refused is not None]
 
 
 def engine_name(component: str, kit: Kit) -> str:
@@ -140,8 +143,9 @@ def _wrong(component: str, kit: Kit, candidate: Candidate) -> str | None:
     return None
 
 
-def _best(survivors: Sequence[Candidate]) -> Candidate | None:
-    """The fastest; of those that are not surely slower than it, the smallest file."""
+def _best(survivors: Sequence[Candidate], size_limit: float = math.inf) -> Candidate | None:
+    """The fastest of those within `size_limit`, if there are any; of those not surely slower than it, the smallest."""
+    survivors = [candidate for candidate in survivors if candidate.size_bytes <= size_limit] or survivors
     speedups = {candidate.name: candidate.speedup or {} for candidate in survivors}
     fastest = max((speedup["median"] for speedup in speedups.values()), default=0.0)
     level = [candidate for candidate in survivors if speedups[candidate.name]["ci95_high"] >= fastest]

@@ -6,6 +6,7 @@ What fails to prove itself is in the bundle's `refused`, with the reason and the
 from __future__ import annotations
 
 import functools
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -60,6 +61,7 @@ def quantize_bundle(
     from ldm_deploy.quantize import cpu
     from ldm_deploy.quantize.candidates import batched, quantize_component
     from ldm_deploy.quantize.refine import BundleSearch
+    from ldm_deploy.quantize.sizes import size_limits
     from ldm_deploy.runtime.bundle import read_bundle, write_bundle
 
     if target not in TARGETS:
@@ -74,6 +76,8 @@ def quantize_bundle(
 
     if cpu.has_vnni() is False:
         note("this CPU has no VNNI: products of 8 bits would saturate, weights get 7 bits")
+    fp32_bytes = {name: record["size_bytes"] for name, record in records.items()}
+    sizes = size_limits(limits.limits_for(f"int8-{target}"), fp32_bytes, wanted)
     search = None
     if builds:
         search = BundleSearch(bundle, target, limits, data, out, wanted, builds=builds, seed=seed, threads=threads)
@@ -94,7 +98,7 @@ def quantize_bundle(
                 refine = functools.partial(search.refine, name, kit, folder, probes, limit, feeds)
             kept, losers = quantize_component(
                 name, kit, folder, data.samples(name), probes, limit, batch=batch, seed=seed, refine=refine,
-                advance=advance,
+                size_limit=sizes.get(name, math.inf), advance=advance,
             )  # fmt: skip
             if kept is None:
                 refused += [_refusal(name, target, loser) for loser in losers]

@@ -9,12 +9,14 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from ldm_deploy.eval.budget import Limits
 from ldm_deploy.eval.parity import Probe
 from ldm_deploy.onnx_graph import load_model
 from ldm_deploy.quantize.calibration import Samples
 from ldm_deploy.quantize.candidates import Candidate, _best
 from ldm_deploy.quantize.onnxruntime_cpu import RECIPES, OnnxRuntimeKit
 from ldm_deploy.quantize.qdq import select_nodes
+from ldm_deploy.quantize.sizes import size_limits
 from ldm_deploy.quantize.sparing import fewest, spare
 from ldm_deploy.runtime.engines import OnnxRuntimeEngine
 
@@ -108,3 +110,22 @@ def test_of_equally_fast_engines_the_smaller_is_kept(tmp_path: Path) -> None:
     assert _best([large, small, slow]) is small
     assert _best([large, slow]) is large
     assert _best([]) is None
+
+
+def test_what_breaks_the_size_limit_is_kept_only_if_all_do():
+    def made(name: str, speed: float, size: int) -> Candidate:
+        speedup = {"median": speed, "ci95_low": speed, "ci95_high": speed}
+        return Candidate(name, Path(name), RECIPES["conv"], parity=None, found={}, speedup=speedup, size_bytes=size)  # type: ignore[arg-type]
+
+    fast, small = made("fast", 2.0, 900), made("small", 1.5, 300)
+    assert _best([fast, small]) is fast
+    assert _best([fast, small], 500) is small
+    assert _best([fast, small], 100) is fast
+
+
+@pytest.mark.parametrize(("size_max", "unet"), [("0.6x", 416.0), (650, 360.0), (None, None)])
+def test_the_size_limit_is_shared_by_what_is_quantized(size_max, unet):
+    limits = Limits({} if size_max is None else {"size_max": size_max}, ())
+    fp32 = {"text_encoder": 100, "unet": 800, "vae_decoder": 200, "vae_encoder": 100}
+    found = size_limits(limits, fp32, ["unet", "vae_decoder"])
+    assert found == ({} if unet is None else pytest.approx({"unet": unet, "vae_decoder": unet / 4}))
