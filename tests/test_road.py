@@ -68,7 +68,7 @@ def test_other_kinds_go_down_the_same_road(kind: str, folder: Path, tmp_path: Pa
     assert statuses["fp32-onnxruntime-cpu"] == ("ok", None)
     prompts = {"labels": ["blue", "green", "red"], "none": [""]}[config.conditioning]
     assert report["protocol"]["prompts"] == prompts
-    details = json.loads((tmp_path / "bundle.stages" / "quantized.calibration.json").read_text())
+    details = json.loads((tmp_path / "bundle.stages" / "quantized-onnxruntime-cpu.calibration.json").read_text())
     assert set(details["prompts"]) <= set(prompts)
     bundle = json.loads((tmp_path / "bundle" / "bundle.json").read_text())
     tried = {entry["id"] for entry in bundle["engines"]} | {entry["name"] for entry in bundle["refused"]}

@@ -315,7 +315,7 @@ def test_a_configuration_that_cannot_work_is_refused(changes, message):
 
 
 def test_presets_and_files(tmp_path):
-    assert load_steps_config("gpu").training.batch_size == 512
+    assert load_steps_config("gpu").training.batch_size == 256
     path = tmp_path / "mine.toml"
     path.write_text('preset = "gpu"\ntarget_decay = 0.9\n[training]\nsteps = 7\n')
     mine = load_steps_config(path)
