@@ -71,7 +71,7 @@ def test_export_sets_up_on_its_own_and_only_once(clone: Path) -> None:
 
 
 def test_test_sets_up_on_its_own_and_again_when_the_pins_change(clone: Path) -> None:
-    run = "python -m pytest -m not slow and not gpu"
+    run = "python -m pytest -n logical --maxprocesses 4 --dist loadscope -m not slow and not gpu"
     assert make(clone, "test").returncode == 0
     assert calls(clone) == ["python -m venv .venv", INSTALL, run]
     stamp = (clone / ".venv" / ".installed").stat().st_mtime

@@ -369,8 +369,9 @@ def test_losses_are_paired_per_image_as_scipy_has_it(case: Any) -> None:
 
 
 def test_every_output_names_the_gate_that_failed(
-    case: Any, against: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+    case: Any, against: Callable[..., Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "250")  # no name is to be cut in two
     plant_slowness(case)
     report = against()
     stored = json.loads(json.dumps(dict(report)))

@@ -319,7 +319,7 @@ def test_presets_and_files(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text('preset = "gpu"\ntarget_decay = 0.9\n[training]\nsteps = 7\n')
     mine = load_steps_config(path)
-    assert (mine.training.steps, mine.training.batch_size, mine.target_decay) == (7, 512, 0.9)
+    assert (mine.training.steps, mine.training.batch_size, mine.target_decay) == (7, 256, 0.9)
     path.write_text("target_deca = 0.9\n")
     with pytest.raises(ConfigError, match="did you mean 'target_decay'"):
         load_steps_config(path)
