@@ -38,8 +38,8 @@ def test_every_row_is_measured_or_says_why(
     monkeypatch.setattr(targets, "TARGETS", wanted)
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     # In processes of their own they would not see what is set here.
-    monkeypatch.setattr(command, "isolated", lambda empty, function, arguments: function(*arguments))
-    report = command.run(["reference"], "cpu", tmp_path, 5)
+    monkeypatch.setattr(command, "isolated", lambda empty, limit_s, function, arguments: function(*arguments))
+    report = command.run(["reference"], "cpu", tmp_path, 5, 600.0)
     rows = {row["name"]: row for row in report["components"]["text_encoder of reference"]}
     assert list(rows) == [
         "fp32-torch",
@@ -63,7 +63,7 @@ def test_every_row_is_measured_or_says_why(
     assert json.loads((tmp_path / "gpu.json").read_text("utf-8")) == report
     # What is there is not measured again.
     monkeypatch.setattr(command, "measure", lambda *arguments: pytest.fail("measured again"))
-    assert command.run(["reference"], "cpu", tmp_path, 5)["components"] == report["components"]
+    assert command.run(["reference"], "cpu", tmp_path, 5, 600.0)["components"] == report["components"]
 
 
 def test_a_wrong_row_is_marked(command: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,13 +94,12 @@ def test_what_is_not_installed_is_not_tried(command: ModuleType, tmp_path: Path)
     assert (made["status"], made["reason"]) == ("not measured", "torch-tensorrt is not installed")
 
 
-def test_a_crash_is_a_row(command: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_is_a_row(command: ModuleType) -> None:
     empty = command.row("fp16-aoti-cuda", "fp16", "aoti")
-    assert command.isolated(empty, dict, ({"status": "ok"},)) == {"status": "ok"}
-    crashed = command.isolated(empty, os._exit, (7,))
+    assert command.isolated(empty, 60.0, dict, ({"status": "ok"},)) == {"status": "ok"}
+    crashed = command.isolated(empty, 60.0, os._exit, (7,))
     assert crashed == {**empty, "status": "failed", "reason": "its process ended with code 7"}
-    monkeypatch.setattr(command, "BUILD_LIMIT_S", 0.01)
-    assert command.isolated(empty, time.sleep, (600,))["reason"] == "not built within 0.01 s"
+    assert command.isolated(empty, 0.01, time.sleep, (600,))["reason"] == "not built within 0.01 s"
 
 
 def command_source() -> Path:

@@ -25,7 +25,7 @@ figures = st.floats(-1e6, 1e6, allow_nan=False).map(lambda value: round(value, 6
 @given(st.lists(figures, min_size=1, max_size=20), st.booleans(), st.booleans())
 def test_a_scale_holds_its_values_and_round_ticks(values: list[float], zero: bool, log: bool) -> None:
     axis = scale(values, 60, 466, zero=zero, log=log)
-    assert all(60 <= axis(value) <= 466 for value in values)
+    assert all(60 - 1e-6 <= axis(value) <= 466 + 1e-6 for value in values)
     assert axis(axis.low) == pytest.approx(60)
     assert axis(axis.high) == pytest.approx(466)
     ticks = axis.ticks()
