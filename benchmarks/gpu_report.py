@@ -30,7 +30,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -166,7 +166,7 @@ def isolated(empty: Row, limit_s: float, function: Callable[..., Row], arguments
     try:
         if not receiver.poll(limit_s):
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # compilers have processes of their own
+                os.killpg(cast(int, process.pid), signal.SIGKILL)  # compilers have processes of their own
             process.kill()
             return empty | {"status": "not measured", "reason": f"not built within {limit_s:g} s"}
         found: Row = receiver.recv()
