@@ -38,9 +38,13 @@ SHOWN = 8  # prompts in the picture
 
 @dataclass(frozen=True)
 class Model:
-    """A reference in torch, or the default variant of a bundle; the numbers of steps it is drawn in."""
+    """A reference in torch, or the default variant of a bundle; the numbers of steps it is drawn in.
+
+    `about`: what model.json, or bundle.json's `model`, says.
+    """
 
     name: str
+    about: Mapping[str, Any]
     spec: Mapping[str, Any]  # of its worker
     steps: tuple[int, ...]
     evaluations: int  # of the U-Net, per step
@@ -92,11 +96,12 @@ def compare_students(
                 f"{model.name} draws {model.size[0]}x{model.size[1]} and {models[0].name} {height}x{width}; "
                 "give students of this teacher"
             )
-    images = load_images(data, height, _conditioning(teacher))
+    about = models[0].about
+    images = load_images(data, height, about.get("conditioning", "captions"))
     if grid is None:
         grid = retrieval_grid()
         if not set(grid.prompts) <= {base_text(text) for text in images.texts}:
-            grid = load_grid(_report_prompts(teacher))
+            grid = load_grid(about.get("prompts", {}).get("report"))
     before = conditions()
     samples, failed, memory = _draw(models, grid, threads, seed)
     after = conditions()
@@ -171,10 +176,11 @@ def read_model_of(source: str | Path, teacher: Model | None) -> Model:
         about, sampling, name = bundle.data["model"], record, f"{bundle.data['name']} {variant}"
         spec = {"kind": "variant", "bundle": str(path), "variant": variant}
     else:
+        from ldm_deploy.models.reference import read_model
         from ldm_deploy.models.sources import load_source, resolve_source, weight_files
 
         path = resolve_source(source)
-        about = load_source(path).model
+        about = read_model(path) if (path / "model.json").is_file() else load_source(path).model
         sampling, name, files = about["sampling"], f"{about['name']} fp32-torch-cpu", tuple(weight_files(path))
         spec = {"kind": "reference", "path": str(path)}
     distilled = about.get("distilled")
@@ -183,24 +189,11 @@ def read_model_of(source: str | Path, teacher: Model | None) -> Model:
         steps = tuple(sorted(distilled["steps"], reverse=True))
     else:
         steps = (sampling["steps"],) if teacher is None else teacher.steps[:1]
-    return Model(name, spec, steps, 2 if guided else 1, files, tuple(about["default_size"]))
+    return Model(name, about, spec, steps, 2 if guided else 1, files, tuple(about["default_size"]))
 
 
 def row_name(model: Model, steps: int) -> str:
     return f"{model.name}, {steps} step{'' if steps == 1 else 's'}"
-
-
-def _conditioning(teacher: str | Path) -> str:
-    from ldm_deploy.models.sources import load_source
-
-    return str(load_source(teacher).model.get("conditioning", "captions"))
-
-
-def _report_prompts(teacher: str | Path) -> Sequence[str] | None:
-    from ldm_deploy.models.sources import load_source
-
-    found: Sequence[str] | None = load_source(teacher).model.get("prompts", {}).get("report")
-    return found
 
 
 def _draw(
@@ -263,15 +256,20 @@ def distances_to_data(drawn: np.ndarray, images: ImageSet, lpips: Lpips, seed: i
 
 
 def describe_scoreboard(report: Mapping[str, Any]) -> list[str]:
-    """A line per row, for a terminal."""
+    """A line per row, for a terminal; then how retrieval was judged, and what could not be measured."""
     header = ("", "U-Net calls", "ms per image", "times as fast", "retrieval", "diversity", "LPIPS", "Fréchet", "MiB")
     lines = [header, *(_cells(row) for row in report["rows"])]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    return [
+    table = [
         "  ".join(cell.ljust(width) if not place else cell.rjust(width)
                   for place, (cell, width) in enumerate(zip(line, widths, strict=True))).rstrip()
         for line in lines
     ]  # fmt: skip
+    measured = next(row for row in report["rows"] if row["status"] == "ok")
+    method = measured["retrieval"]["method"]
+    notes = [] if method is None else [f"retrieval: nearest image by {method}"]
+    reasons = (measured[name]["reason"] for name in ("retrieval", "diversity", *SETS))
+    return [*table, *notes, *dict.fromkeys(reason for reason in reasons if reason is not None)]
 
 
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ from ldm_deploy.training.loop import Adversary, Measure, Preview, device_rng, rn
 from ldm_deploy.training.losses import Perceptual, adaptive_weight, generator_loss, hinge_loss, reconstruction_loss
 from ldm_deploy.training.preview import reconstructions
 from ldm_deploy.training.processes import processes
-from ldm_deploy.training.students import (
+from ldm_deploy.training.teaching import (
     HELD_OUT_SHOWN,
     Teaching,
     count_flops,

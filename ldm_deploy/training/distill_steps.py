@@ -53,8 +53,8 @@ def distill_steps(
     from ldm_deploy.training.distill_consistency import train_consistency
     from ldm_deploy.training.distill_progressive import stage_names, train_progressive
     from ldm_deploy.training.processes import processes
+    from ldm_deploy.training.record import training_record
     from ldm_deploy.training.student import make_material, student_unet
-    from ldm_deploy.training.train import summarise_log
 
     if config is None:
         config = "gpu" if torch.cuda.is_available() else "cpu"
@@ -102,24 +102,14 @@ def distill_steps(
     preview = _preview(source, described, shown, directory / "previews")
     train_unet = train_consistency if resolved.method == "consistency" else train_progressive
     weights = train_unet(source, unet, material, resolved, directory, key, resume=resume, preview=preview)
-    logs = {"distillation": "consistency"}
+    names = {"distillation": "consistency"}
     if resolved.method == "progressive":
-        logs = {name.removeprefix("progressive-"): name for name, _ in stage_names(resolved)}
+        names = {log.removeprefix("progressive-"): log for log, _ in stage_names(resolved)}
 
-    record: dict[str, Any] = {
-        "command": _command(teacher, data, out, name, method, init_from),
-        "teacher": {"name": model["name"], "digest": described["distilled"]["teacher"]},
-        "data": {
-            "digest": images.digest,
-            "images_trained_on": len(chosen.texts),
-            "held_out": int(images.held_out.sum()),
-        },
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "device": "cpu" if team.device.type == "cpu" else torch.cuda.get_device_name(team.device),
-        "stages": {stage: summarise_log(directory / f"{log}.jsonl") for stage, log in logs.items()},
-        "config": resolved.to_dict(),
-    }
+    command = _command(teacher, data, out, name, method, init_from)
+    logs = {stage: directory / f"{log}.jsonl" for stage, log in names.items()}
+    record = training_record(command, images, len(chosen.texts), logs, resolved.to_dict())
+    record["teacher"] = {"name": model["name"], "digest": described["distilled"]["teacher"]}
     if init_from is not None:
         record["init_from"] = {"name": start.model["name"], "digest": source_digest(start.directory)}
     if team.first:

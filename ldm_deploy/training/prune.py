@@ -26,7 +26,7 @@ from ldm_deploy.training.loop import device_rng, run_stage
 from ldm_deploy.training.processes import processes
 from ldm_deploy.training.prune_choice import Choice, choose, last_of_levels, trajectory_points, without
 from ldm_deploy.training.prune_config import PruneConfig, load_prune_config
-from ldm_deploy.training.students import (
+from ldm_deploy.training.teaching import (
     Teaching,
     count_flops,
     describe_figure,

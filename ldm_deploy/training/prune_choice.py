@@ -22,7 +22,7 @@ from ldm_deploy.models.reference import Reference
 from ldm_deploy.models.torch_engine import torch_pipeline
 from ldm_deploy.models.unet import UNet
 from ldm_deploy.progress import task
-from ldm_deploy.training.students import count_flops
+from ldm_deploy.training.teaching import count_flops
 
 STEPS = 10  # of a trajectory, of a model that is not made for few
 ROUNDS = 25  # interleaved passes per part

@@ -64,6 +64,7 @@ def train(
     from ldm_deploy.training.lora import merged_state
     from ldm_deploy.training.preview import reconstructions, samples
     from ldm_deploy.training.processes import processes
+    from ldm_deploy.training.record import training_record
 
     resolved = config if isinstance(config, Config) else load_config(config)
     if seed is not None:
@@ -135,19 +136,9 @@ def train(
     )  # fmt: skip
 
     stages = ("autoencoder", "diffusion") if initial is None else ("diffusion",)
-    record: dict[str, Any] = {
-        "command": _command(config, data, out, init_from),
-        "data": {
-            "digest": images.digest,
-            "images_trained_on": len(chosen.texts),
-            "held_out": int(images.held_out.sum()),
-        },
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "device": "cpu" if team.device.type == "cpu" else torch.cuda.get_device_name(team.device),
-        "stages": {stage: summarise_log(directory / f"{stage}.jsonl") for stage in stages},
-        "config": resolved.to_dict(),
-    }
+    logs = {stage: directory / f"{stage}.jsonl" for stage in stages}
+    command = _command(config, data, out, init_from)
+    record = training_record(command, images, len(chosen.texts), logs, resolved.to_dict())
     if initial is not None:
         record["init_from"] = {"name": initial.model["name"], "digest": key["init_from"]}
     if team.first:
@@ -230,15 +221,3 @@ def _command(config: str | Path | Config, data: str | Path, out: Path, init_from
     shown = data if str(data) == "photos" else Path(data).name
     start = [] if init_from is None else ["--init-from", Path(init_from).name]
     return shlex.join(["ldm-deploy", "train", name, "--data", str(shown), "--out", out.name, *start])
-
-
-def summarise_log(log: Path) -> dict[str, Any]:
-    """Steps, time and last losses of a stage, from its log; the time of a resumed run is summed over its sittings."""
-    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    seconds = sum(
-        line["seconds"]
-        for line, following in zip(lines, [*lines[1:], None], strict=True)
-        if following is None or following["seconds"] < line["seconds"]
-    )
-    tail = [line["loss"] for line in lines[-10:]]
-    return {"steps": lines[-1]["step"] + 1, "minutes": round(seconds / 60, 1), "final_loss": sum(tail) / len(tail)}

@@ -42,6 +42,10 @@ def flat(levels: list[int]) -> np.ndarray:
     return np.stack([np.full((4, 4, 3), level, np.uint8) for level in levels])
 
 
+class Absent:
+    available, reason = False, "no weights of the LPIPS backbone"
+
+
 def test_diversity_is_the_mean_over_prompts_of_the_distance_between_seeds():
     found = diversity(flat([0, 255, 0, 0, 255, 255]), GRID, Squared())  # type: ignore[arg-type]
     assert found["mean"] == pytest.approx(1 / 3)
@@ -84,7 +88,7 @@ def test_the_shipped_student_is_asked_once_per_step_and_its_teacher_twice():
 def test_students_of_another_size_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     sizes = iter([(64, 64), (32, 32)])
     monkeypatch.setattr(
-        scoreboard, "read_model_of", lambda source, teacher: Model(str(source), {}, (1,), 1, (), next(sizes))
+        scoreboard, "read_model_of", lambda source, teacher: Model(str(source), {}, {}, (1,), 1, (), next(sizes))
     )
     with pytest.raises(ConfigError, match=r"small draws 32x32 and reference 64x64; give students of this teacher"):
         compare_students("reference", ["small"], tmp_path)
@@ -92,10 +96,9 @@ def test_students_of_another_size_are_refused(monkeypatch: pytest.MonkeyPatch, t
 
 def test_rows_of_a_planted_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """Teacher and a student twice as fast in one step, which fails in two."""
-    teacher = Model("teacher", {}, (50,), 2, (), (4, 4))
-    student = Model("student", {}, (2, 1), 1, (), (4, 4))
+    teacher = Model("teacher", {}, {}, (50,), 2, (), (4, 4))
+    student = Model("student", {}, {}, (2, 1), 1, (), (4, 4))
     monkeypatch.setattr(scoreboard, "read_model_of", lambda source, _: {"teacher": teacher, "student": student}[source])
-    monkeypatch.setattr(scoreboard, "_conditioning", lambda source: "captions")
     monkeypatch.setattr(scoreboard, "Lpips", Squared)
     levels = flat([10, 20, 100, 120, 200, 240])
     nobody = np.zeros(3, bool)
@@ -128,4 +131,16 @@ def test_rows_of_a_planted_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     lines = describe_scoreboard(report)
     assert "failed: student: it holds NaN" in lines[2]
     assert "2.0 (2.0–2.0)" in lines[3]
+    assert lines[4:] == ["retrieval: nearest image by x"]
     assert (tmp_path / "images.png").stat().st_size > 0
+
+
+def test_what_lpips_would_tell_is_said_to_be_missing(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(
+        scoreboard, "retrieve", lambda *given: {"rate": 0.5, "method": "pixels", "reason": Absent.reason}
+    )
+    row = scoreboard._figures(flat([0] * 6), None, GRID, Absent(), 0)  # type: ignore[arg-type]
+    assert row["diversity"]["mean"] is None
+    row |= {"name": "a", "status": "ok", "unet_evaluations": 1, "latency_ms": {"median": 1.0}, "speedup": None}
+    lines = describe_scoreboard({"rows": [{**row, "size_bytes": 0}]})
+    assert lines[2:] == ["retrieval: nearest image by pixels", "no weights of the LPIPS backbone"]

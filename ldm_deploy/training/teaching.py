@@ -18,7 +18,7 @@ from ldm_deploy.models.reference import Reference, load_reference, save_referenc
 from ldm_deploy.models.sources import source_digest
 from ldm_deploy.training.data import ImageSet, load_images
 from ldm_deploy.training.processes import processes
-from ldm_deploy.training.train import summarise_log
+from ldm_deploy.training.record import training_record
 
 HELD_OUT_SHOWN = 32  # held-out images that a preview measures
 
@@ -94,21 +94,10 @@ def write_student(
     content."""
     team = processes()
     logs = out.with_name(out.name + ".training")
-    record: dict[str, Any] = {
-        "command": teaching.command(out),
-        "recipe": teaching.recipe,
-        "teacher": {"name": teaching.teacher.model["name"], "digest": teaching.parents["teacher"]},
-        "data": {
-            "digest": teaching.images.digest,
-            "images_trained_on": teaching.trained_on,
-            "held_out": int(teaching.images.held_out.sum()),
-        },
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "device": "cpu" if team.device.type == "cpu" else torch.cuda.get_device_name(team.device),
-        "stages": {stage: summarise_log(logs / f"{stage}.jsonl") for stage in stages},
-        "config": dict(teaching.config),
-    }
+    paths = {stage: logs / f"{stage}.jsonl" for stage in stages}
+    record = training_record(teaching.command(out), teaching.images, teaching.trained_on, paths, teaching.config)
+    record["recipe"] = teaching.recipe
+    record["teacher"] = {"name": teaching.teacher.model["name"], "digest": teaching.parents["teacher"]}
     if teaching.donor is not None:
         digest = source_digest(teaching.donor.directory)
         record["init_from"] = {"name": teaching.donor.model["name"], "digest": digest}
