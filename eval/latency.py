@@ -44,6 +44,10 @@ LEAST_ROUNDS = 5  # whatever the time limit says: fewer have no useful interval
 ROUNDS_PER_LOOK = 20  # before an interval is asked whether it is narrow enough
 P99_SAMPLES = 100  # fewer have no 99th percentile
 
+# numpy's OpenBLAS lets threads spin for 2^26 cycles once they have nothing to do; a worker would take them for threads
+# that compute. The least that it allows is 2^4.
+NUMPY_SLEEPS = {"OPENBLAS_THREAD_TIMEOUT": "4"}
+
 T = TypeVar("T")
 
 
@@ -108,7 +112,7 @@ class Worker:
         """
         began = time.time()
         self._folder = Path(tempfile.mkdtemp(prefix="ldm-deploy-worker-"))
-        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads), "PYTHONUNBUFFERED": "1"}
+        environment = {**NUMPY_SLEEPS, **os.environ, "OMP_NUM_THREADS": str(self.threads), "PYTHONUNBUFFERED": "1"}
         if self.huge_pages:
             environment = with_huge_pages(environment)
         with (self._folder / "stderr.txt").open("w") as errors:

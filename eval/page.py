@@ -266,7 +266,7 @@ def search_charts(content: Mapping[str, Any] | None) -> list[dict[str, Any]]:
         if points:
             chart = pareto_chart(
                 points, "PSNR, dB", more=True, limit=search["psnr_db_min"], baseline_ms=100.0, unit="%",
-                latency="% of the time of the fastest single precision",
+                latency="% of the fastest float's time",
             )  # fmt: skip
         found.append({"search": search, "name": name, "chart": chart, "rows": rows})
     return found

@@ -112,13 +112,13 @@ def nan_engine() -> Engine:
 
 
 class ErraticEngine:
-    """Fast or thirty times slower, by chance."""
+    """Up to thirty times slower, by chance: ratios of its calls have no value that many share."""
 
     def __init__(self) -> None:
         self.rng = np.random.default_rng()
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        time.sleep(0.001 if self.rng.random() < 0.5 else 0.03)
+        time.sleep(0.001 * 30 ** self.rng.random())
         return {"prediction": feeds["sample"]}
 
 

@@ -25,7 +25,7 @@ def test_every_thread_that_computes_has_a_processor_of_its_own() -> None:
     if len(processors) < 2 or not Path("/proc/self/task").is_dir():
         pytest.skip("needs Linux and two processors")
     with worker("pool_engine", threads=2) as holder:
-        holder.run(holder.put(FEEDS), repeats=50)  # beside which what else a thread did is nothing
+        holder.run(holder.put(FEEDS), repeats=5)
         assert holder.processors == processors[:2]
         assert holder._process is not None
         tasks = [int(path.name) for path in Path(f"/proc/{holder._process.pid}/task").iterdir()]

@@ -158,7 +158,7 @@ def test_a_slower_engine_fails_and_a_faster_one_passes() -> None:
 
 
 def test_what_cannot_be_told_apart_is_too_noisy() -> None:
-    """An engine whose calls take 1 ms or 30 ms by chance, against itself."""
+    """An engine whose calls take 1 to 30 ms by chance, against itself."""
     found = judge_slowdown(
         spec("erratic_engine"), spec("erratic_engine"), engine_call(FEEDS), threads=1, processes=1, time_limit_s=2.5
     )
