@@ -87,6 +87,7 @@ def bench(folder: Path, variant: str, images: int) -> Bench:
     from ldm_deploy.models.torch_engine import torch_pipeline
     from ldm_deploy.quantize.quantize import quantize_bundle
 
+    folder.mkdir(parents=True, exist_ok=True)
     bundle = folder / "quality"
     if not (bundle / "bundle.json").is_file():
         with tempfile.TemporaryDirectory(dir=folder) as exported:

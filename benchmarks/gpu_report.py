@@ -9,10 +9,9 @@ device. Every row is compared with torch fp32 on the CPU on real sampler inputs;
 the device, interleaved with the baseline, one worker process per row. What cannot be had here is a row that says so.
 
 Needs torch and what `pyproject.toml` lists under `export`; the other runtimes where they are installed, and no network.
-Writes DIR/gpu.json and DIR/gpu.md (build/gpu) after each of the four; what gpu.json has already is not measured again.
-Give it half an hour: on an H100 with 16 cores, torch 2.11, the compilers had not finished the eight rows of the larger
-U-Net after three minutes, and a build of the decoder by AOTInductor ended its process. Where a machine is had for
-minutes only, --build-limit leaves out the rows whose compilers take longer.
+Everything is built first, then measured. Writes DIR/gpu.json and DIR/gpu.md (build/gpu) after each of the four; what
+gpu.json has already is not measured again. Give it half an hour. Where a machine is had for minutes only, --build-limit
+ends the building, and what is not built by then is a row that says so.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, cast
@@ -43,7 +42,9 @@ COMPONENTS = ("unet", "vae_decoder")
 TORCH_ROWS = (("fp32", False), ("fp16", False), ("bf16", False), ("fp32", True), ("fp16", True))
 CORES_PER_BUILD = 2
 PACKAGES = ("torch", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "torch-tensorrt", "onnx", "triton")
+EAGER_ROWS = sum(not compiled for _, compiled in TORCH_ROWS)
 Row = dict[str, Any]
+Work = tuple[Row, Callable[..., Row], tuple[Any, ...]]
 
 
 def model_71m(folder: Path) -> Path:
@@ -133,10 +134,9 @@ def engine_row(source: Path, component: str, target_name: str, precision: str, f
     return made | {"build_s": time.monotonic() - start, "spec": spec}
 
 
-def build_rows(
-    source: Path, component: str, device: str, folder: Path, pool: Executor, threads: int, limit_s: float
-) -> list[Any]:
-    """Futures of all rows of a component, in order. Compilers keep few processors busy: `pool` runs several at once."""
+def work_of(source: Path, component: str, device: str, folder: Path, threads: int) -> list[Work]:
+    """All rows of a component, in order: what stands there if it cannot be had, the function that makes it, and its
+    arguments."""
     from ldm_deploy.eval.parity import write_probes
     from ldm_deploy.export.probes import make_probes
     from ldm_deploy.export.targets import TARGETS
@@ -145,7 +145,7 @@ def build_rows(
     probes = folder / f"{component}.safetensors"
     folder.mkdir(parents=True, exist_ok=True)
     write_probes(probes, make_probes(load_source(source), components=[component])[component])
-    work: list[tuple[Row, Callable[..., Row], tuple[Any, ...]]] = []
+    work: list[Work] = []
     for precision, compiled in TORCH_ROWS:
         given = (source, component, probes, device, precision, compiled)
         work.append((empty_torch_row(precision, compiled), torch_row, given))
@@ -153,22 +153,38 @@ def build_rows(
         for precision in target.precisions if target.device == device else ():
             empty = row(f"{precision}-{target.name}", precision, target.runtime)
             work.append((empty, engine_row, (source, component, target.name, precision, folder, threads)))
-    return [pool.submit(isolated, empty, limit_s, function, given) for empty, function, given in work]
+    return work
 
 
-def isolated(empty: Row, limit_s: float, function: Callable[..., Row], arguments: tuple[Any, ...]) -> Row:
+def build_all(work: Mapping[str, list[Work]], jobs: int, limit_s: float) -> dict[str, list[Row]]:
+    """The rows by component, `jobs` at once, as compilers keep few processors busy. What needs no compiler comes first:
+    it is what the others are compared with."""
+    end = time.monotonic() + limit_s
+    entries = [(key, index, *entry) for key, rows in work.items() for index, entry in enumerate(rows)]
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = {
+            (key, index): pool.submit(isolated, empty, end, function, given)
+            for key, index, empty, function, given in sorted(entries, key=lambda entry: entry[1] >= EAGER_ROWS)
+        }
+    return {key: [futures[key, index].result() for index in range(len(rows))] for key, rows in work.items()}
+
+
+def isolated(empty: Row, end: float, function: Callable[..., Row], arguments: tuple[Any, ...]) -> Row:
     """`function(*arguments)` in a process of its own: what crashes or never ends there is a row, not the end of all."""
+    late = empty | {"status": "not measured", "reason": "not built within --build-limit"}
+    if time.monotonic() > end:
+        return late
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send, args=(sender, function, arguments))
     process.start()
     sender.close()
     try:
-        if not receiver.poll(limit_s):
+        if not receiver.poll(max(0.0, end - time.monotonic())):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(cast(int, process.pid), signal.SIGKILL)  # compilers have processes of their own
             process.kill()
-            return empty | {"status": "not measured", "reason": f"not built within {limit_s:g} s"}
+            return late
         found: Row = receiver.recv()
     except EOFError:
         process.join()
@@ -185,11 +201,18 @@ def _send(sender: Connection, function: Callable[..., Row], arguments: tuple[Any
 
 
 def measure(rows: list[Row], component: str, probes: Path, rounds: int) -> list[Row]:
-    """Time what was built."""
+    """Time what was built. Without the first row, what torch itself does, there is nothing to compare with."""
     from ldm_deploy.eval.latency import compare_engines
     from ldm_deploy.eval.measure import component_feeds
     from ldm_deploy.eval.parity import read_probes
 
+    baseline = rows[0]
+    if baseline["spec"] is None:
+        for made in rows:
+            if made["status"] == "ok":
+                made |= {"status": "not measured", "reason": f"there is no {baseline['name']} to compare with"}
+            del made["spec"]
+        return rows
     specs = {made["name"]: made["spec"] for made in rows if made["spec"] is not None}
     feeds = component_feeds(component, read_probes(probes))
     found = compare_engines(specs, feeds, rounds=rounds, time_limit_s=20.0 * len(specs))
@@ -259,18 +282,19 @@ def run(models: list[str], device: str, out: Path, rounds: int, build_limit_s: f
         if all(earlier.get(key) == conditions[key] for key in ("device_name", "versions")):
             report["components"] = earlier["components"]
     jobs = max(1, usable_threads() // CORES_PER_BUILD)
+    work: dict[str, list[Work]] = {}
+    probes: dict[str, Path] = {}
     for model in models:
         source, folder = model_71m(out / "71m") if model == "71m" else resolve_source(model), out / "engines" / model
         for component in COMPONENTS:
             key = f"{component} of {model}"
-            if key in report["components"]:
-                continue
-            with ThreadPoolExecutor(jobs) as pool:
-                building = build_rows(source, component, device, folder, pool, usable_threads() // jobs, build_limit_s)
-                rows = [future.result() for future in building]
-            report["components"][key] = measure(rows, component, folder / f"{component}.safetensors", rounds)
-            atomic_write_json(file, report)
-            atomic_write_bytes(out / "gpu.md", to_markdown(report).encode())
+            if key not in report["components"]:
+                work[key] = work_of(source, component, device, folder, usable_threads() // jobs)
+                probes[key] = folder / f"{component}.safetensors"
+    for key, rows in build_all(work, jobs, build_limit_s).items():
+        report["components"][key] = measure(rows, key.partition(" ")[0], probes[key], rounds)
+        atomic_write_json(file, report)
+        atomic_write_bytes(out / "gpu.md", to_markdown(report).encode())
     return report
 
 
@@ -279,7 +303,7 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", default=["reference", "71m"])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try this command out")
     parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--build-limit", type=float, default=600.0, metavar="S", help="seconds for one row")
+    parser.add_argument("--build-limit", type=float, default=1200.0, metavar="S", help="seconds for all")
     parser.add_argument("--out", type=Path, default=Path("build/gpu"))
     given = parser.parse_args()
     if device_name(given.device) is None:

@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
@@ -42,6 +43,7 @@ __all__ = [
 
 LEAST_ROUNDS = 5  # whatever the time limit says: fewer have no useful interval
 ROUNDS_PER_LOOK = 20  # before an interval is asked whether it is narrow enough
+THREADS_TO_LOAD = 2  # an engine that is opened keeps about as many busy
 P99_SAMPLES = 100  # fewer have no 99th percentile
 
 # numpy's OpenBLAS lets threads spin for 2^26 cycles once they have nothing to do; a worker would take them for threads
@@ -332,14 +334,27 @@ def compare_engines(
     `time_limit_s`, or when every ratio is known to 4 %.
     """
     workers = [Worker(name, spec, threads=threads, timeout_s=timeout_s) for name, spec in specs.items()]
+    keys: dict[str, str] = {}
+
+    def open_once(worker: Worker) -> str | None:
+        """Why it could not be loaded or run; what compiles at its first run has done so afterwards."""
+        try:
+            worker.start()
+            keys[worker.name] = worker.put(feeds)
+            worker.run(keys[worker.name])
+        except WorkerError as error:
+            return str(error)
+        return None
+
+    failed: dict[str, str] = {}
     try:
-        failed = start_all(workers)
+        with ThreadPoolExecutor(max(1, usable_threads() // THREADS_TO_LOAD)) as pool:
+            for worker, reason in zip(workers, pool.map(open_once, workers), strict=True):
+                failed |= {} if reason is None else {worker.name: reason}
         ready = [worker for worker in workers if worker.name not in failed]
-        keys: dict[str, str] = {}
         for worker in list(ready):
             try:
-                key = keys[worker.name] = worker.put(feeds)
-                warm_up(lambda worker=worker, key=key: worker.run(key)[0])  # type: ignore[misc]
+                warm_up(lambda worker=worker: worker.run(keys[worker.name])[0])  # type: ignore[misc]
             except WorkerError as error:
                 failed[worker.name] = str(error)
                 ready.remove(worker)

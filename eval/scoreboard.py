@@ -6,6 +6,7 @@ what was asked for (retrieval), is it as varied (diversity), and does the set lo
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -87,6 +88,9 @@ def compare_students(
 
     models = [read_model_of(teacher, None)]
     models += [read_model_of(student, models[0]) for student in students]
+    repeated = [name for name, count in Counter(model.name for model in models).items() if count > 1]
+    if repeated:
+        raise ConfigError(f"two of the models are called {repeated[0]!r}, after their directories; rename one")
     height, width = models[0].size
     if height != width:
         raise ConfigError(f"{teacher} draws {height}x{width}; a scoreboard needs a square size, as its data is square")
@@ -173,7 +177,7 @@ def read_model_of(source: str | Path, teacher: Model | None) -> Model:
         record = next(entry for entry in bundle.data["variants"] if entry["name"] == variant)
         engines = [engine for engine in bundle.data["engines"] if engine["id"] in record["engines"]]
         files = tuple(path / file for engine in engines for file in engine["files"])
-        about, sampling, name = bundle.data["model"], record, f"{bundle.data['name']} {variant}"
+        about, sampling, name = bundle.data["model"], record, f"{path.resolve().name} {variant}"
         spec = {"kind": "variant", "bundle": str(path), "variant": variant}
     else:
         from ldm_deploy.models.reference import read_model
@@ -181,7 +185,7 @@ def read_model_of(source: str | Path, teacher: Model | None) -> Model:
 
         path = resolve_source(source)
         about = read_model(path) if (path / "model.json").is_file() else load_source(path).model
-        sampling, name, files = about["sampling"], f"{about['name']} fp32-torch-cpu", tuple(weight_files(path))
+        sampling, name, files = about["sampling"], f"{path.resolve().name} fp32-torch-cpu", tuple(weight_files(path))
         spec = {"kind": "reference", "path": str(path)}
     distilled = about.get("distilled")
     guided = distilled is None and sampling["guidance_scale"] != 1

@@ -116,14 +116,16 @@ class HalfModule(nn.Module):
                     value.data = value.data.to(dtype)
 
     def forward(self, *inputs: Tensor) -> Any:
-        outputs = _Halves(self.traced, self.dtype, self.kept).run(*inputs)
+        outputs = _Halves(self.traced, self.dtype, self.kept, inputs[0].device).run(*inputs)
         return _cast(outputs, torch.float32)
 
 
 class _Halves(fx.Interpreter):
-    def __init__(self, graph: fx.GraphModule, dtype: torch.dtype, kept: set[str]) -> None:
+    """`device`: where tensors are made that the graph, traced elsewhere, makes itself."""
+
+    def __init__(self, graph: fx.GraphModule, dtype: torch.dtype, kept: set[str], device: torch.device) -> None:
         super().__init__(graph)
-        self.dtype, self.kept = dtype, kept
+        self.dtype, self.kept, self.device = dtype, kept, device
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op != "call_function":
@@ -131,6 +133,8 @@ class _Halves(fx.Interpreter):
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         dtype = torch.float32 if n.name in self.kept else self.dtype
         args, kwargs = _cast(args, dtype), _cast(kwargs, dtype)
+        if "device" in kwargs:
+            kwargs = {**kwargs, "device": self.device}
         return self.call_function(n.target, args, kwargs)
 
 

@@ -38,7 +38,7 @@ def test_every_row_is_measured_or_says_why(
     monkeypatch.setattr(targets, "TARGETS", wanted)
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     # In processes of their own they would not see what is set here.
-    monkeypatch.setattr(command, "isolated", lambda empty, limit_s, function, arguments: function(*arguments))
+    monkeypatch.setattr(command, "isolated", lambda empty, end, function, arguments: function(*arguments))
     report = command.run(["reference"], "cpu", tmp_path, 5, 600.0)
     rows = {row["name"]: row for row in report["components"]["text_encoder of reference"]}
     assert list(rows) == [
@@ -96,10 +96,19 @@ def test_what_is_not_installed_is_not_tried(command: ModuleType, tmp_path: Path)
 
 def test_a_crash_is_a_row(command: ModuleType) -> None:
     empty = command.row("fp16-aoti-cuda", "fp16", "aoti")
-    assert command.isolated(empty, 60.0, dict, ({"status": "ok"},)) == {"status": "ok"}
-    crashed = command.isolated(empty, 60.0, os._exit, (7,))
+    assert command.isolated(empty, time.monotonic() + 60, dict, ({"status": "ok"},)) == {"status": "ok"}
+    crashed = command.isolated(empty, time.monotonic() + 60, os._exit, (7,))
     assert crashed == {**empty, "status": "failed", "reason": "its process ended with code 7"}
-    assert command.isolated(empty, 0.01, time.sleep, (600,))["reason"] == "not built within 0.01 s"
+    late = command.isolated(empty, time.monotonic() + 0.01, time.sleep, (600,))
+    assert late["reason"] == "not built within --build-limit"
+
+
+def test_without_a_baseline_nothing_is_compared(command: ModuleType, tmp_path: Path) -> None:
+    first = command.row("fp32-torch", "fp32", "torch") | {"status": "failed", "reason": "planted"}
+    other = command.row("fp16-torch", "fp16", "torch") | {"spec": {"kind": "module"}}
+    rows = command.measure([first, other], "unet", tmp_path / "absent", 5)
+    assert [made["reason"] for made in rows] == ["planted", "there is no fp32-torch to compare with"]
+    assert command._cells(rows[1])[0].startswith("not measured")
 
 
 def command_source() -> Path:

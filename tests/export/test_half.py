@@ -133,6 +133,19 @@ class Timestep(nn.Module):
         return self.inner(x) + torch.sin(angle)
 
 
+def test_it_computes_where_it_is_moved_to_though_it_was_traced_on_the_cpu() -> None:
+    """A timestep embedding makes its frequencies itself; "meta" stands for a GPU."""
+
+    class Embedding(nn.Module):
+        def forward(self, timestep: Tensor) -> Tensor:
+            return timestep[:, None] * torch.arange(4, device=timestep.device)
+
+    samples = [{"timestep": np.float32([1, 2])}]
+    module, _ = to_half(Embedding(), samples, {"timestep": {0: "batch"}}, "fp16")
+    assert module(torch.zeros(3)).shape == (3, 4)
+    assert module.to("meta")(torch.zeros(3, device="meta")).device.type == "meta"
+
+
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_what_follows_from_integers_stays_exact(precision: str) -> None:
     torch.manual_seed(0)

@@ -65,7 +65,7 @@ def test_it_beats_all_int8_and_the_best_single_precision_where_a_fixed_list_fail
     everything = measure(LAYERS)
     assert not everything.keeps(LIMIT_DB)  # the fragile layer alone costs 10 dB
     assert found.best.keeps(LIMIT_DB)
-    assert found.best.speedup > 1.5 > 1.0  # times the best single precision, which is the float engine
+    assert found.best.speedup > 1.5  # times the best single precision, which is the float engine
     assert found.best.speedup > everything.speedup
     assert FRAGILE not in found.best.layers
     assert SLOW not in found.best.layers
