@@ -94,6 +94,12 @@ def test_students_of_another_size_are_refused(monkeypatch: pytest.MonkeyPatch, t
         compare_students("reference", ["small"], tmp_path)
 
 
+def test_rows_are_named_after_directories_and_none_twice(tmp_path: Path):
+    assert read_model_of("few-steps", None).name == "few-steps fp32-torch-cpu"
+    with pytest.raises(ConfigError, match=r"two of the models are called 'few-steps fp32-torch-cpu'"):
+        compare_students("reference", ["few-steps", "few-steps"], tmp_path)
+
+
 def test_rows_of_a_planted_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """Teacher and a student twice as fast in one step, which fails in two."""
     teacher = Model("teacher", {}, {}, (50,), 2, (), (4, 4))

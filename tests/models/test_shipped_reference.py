@@ -6,9 +6,11 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from safetensors import safe_open
 
 from ldm_deploy.artifact import verify_manifest
+from ldm_deploy.eval.grid import retrieval_grid
 from ldm_deploy.models.reference import WEIGHTS, load_reference
 from ldm_deploy.models.sources import resolve_source
 from ldm_deploy.models.torch_engine import torch_pipeline
@@ -49,13 +51,22 @@ def test_the_student_has_a_unet_of_its_own_and_tells_how_it_was_made():
     assert [file.name for file in student.glob("*.safetensors")] == ["unet.safetensors"]
 
 
-@pytest.mark.parametrize("steps", [1, 4])
-def test_the_student_draws_in_few_steps_what_its_teacher_draws_in_many(directory, steps):
-    prompts, seeds = ["red heart", "blue square", "grinning face"], [0, 0, 0]
-    teacher = torch_pipeline(load_reference(directory))(prompts, seed=seeds, steps=20).astype(float)
-    student = torch_pipeline(load_reference("few-steps"))(prompts, seed=seeds, steps=steps).astype(float)
-    distances = np.abs(student[:, None] - teacher[None]).mean(axis=(2, 3, 4))
-    assert list(distances.argmin(axis=1)) == [0, 1, 2]
+@pytest.mark.parametrize(("steps", "share"), [(1, 0.85), (4, 0.95)])
+def test_the_student_draws_in_few_steps_what_its_teacher_draws_in_many(directory, steps, share):
+    """Nearer to the teacher's images than the teacher itself comes in so few steps, told nothing of guidance."""
+    teacher, student, untaught = load_reference(directory), load_reference("few-steps"), load_reference("few-steps")
+    weights = teacher.unet.state_dict()
+    untaught.unet.load_state_dict(
+        {name: weights.get(name, torch.zeros_like(value)) for name, value in untaught.unet.state_dict().items()}
+    )
+    prompts = retrieval_grid().prompts[:8]
+    seeds = [0] * len(prompts)
+    wanted = torch_pipeline(teacher)(prompts, seed=seeds, steps=10).astype(float)
+    drawn = [torch_pipeline(model)(prompts, seed=seeds, steps=steps).astype(float) for model in (student, untaught)]
+    own, others = (np.abs(images - wanted).mean() for images in drawn)
+    assert own < share * others
+    own_prompt = np.abs(drawn[0][:, None] - wanted[None]).mean(axis=(2, 3, 4)).argmin(axis=1)
+    assert (own_prompt == np.arange(len(prompts))).mean() >= 0.75
 
 
 def test_it_draws_what_it_is_asked_for_and_not_one_thing(directory):
