@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 OUT    ?= build/reference
+STUDENT ?= build/few-steps
 TARGET ?= onnxruntime-cpu
 PRESET ?= reference
 RECIPE ?= steps
@@ -16,7 +17,7 @@ INSTALLED := $(VENV)/.installed
 BACKBONE  := $(VENV)/.backbone-tried
 
 .DEFAULT_GOAL := help
-.PHONY: help setup export test test-all lint train distill bench gpu-report clean
+.PHONY: help setup export scoreboard test test-all lint train distill bench gpu-report clean
 .DELETE_ON_ERROR:
 
 help: ## print this list
@@ -38,8 +39,13 @@ setup: $(INSTALLED) ## make the virtual environment, try once to fetch the LPIPS
 	@$(BIN)/python -m ldm_deploy.eval.fetch_backbone
 	@touch $(BACKBONE)
 
-export: $(BACKBONE) ## shipped reference -> ONNX -> INT8 -> evaluated bundle in build/reference, with a report
+export: $(BACKBONE) ## shipped reference and its student -> ONNX -> INT8 -> evaluated bundles in build, with reports
 	@$(BIN)/ldm-deploy optimize reference --target $(TARGET) --out $(OUT)
+	@$(BIN)/ldm-deploy optimize few-steps --target $(TARGET) --out $(STUDENT)
+
+scoreboard: $(BACKBONE) ## teacher, student and the bundles that make export wrote, side by side in build/scoreboard (DATA)
+	@$(BIN)/ldm-deploy eval reference --student $(OUT) --student few-steps --student $(STUDENT) --data "$(DATA)" \
+	  --out build/scoreboard
 
 test: $(INSTALLED) ## run the tests (what .ci/run calls)
 	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow and not gpu"

@@ -26,6 +26,7 @@ from ldm_deploy.eval.memory import size_bytes
 from ldm_deploy.eval.metrics import bootstrap_ci
 from ldm_deploy.eval.quality import SETS, compare_images
 from ldm_deploy.eval.reference import base_text, retrieve
+from ldm_deploy.eval.scoreboard_chart import scoreboard_chart
 from ldm_deploy.eval.speedup import speedup
 from ldm_deploy.progress import task
 
@@ -153,14 +154,17 @@ def compare_students(
 def write_scoreboard(
     teacher: str | Path, students: Sequence[str | Path], data: str | Path, out: Path, seed: int, threads: int | None
 ) -> dict[str, Any]:
-    """`compare_students`, printed, and written to `out`: scoreboard.json, and images.png with a line per row."""
-    from ldm_deploy.artifact import atomic_write_json
+    """`compare_students`, printed, and written to `out`: scoreboard.json, images.png with a line per row, chart.svg."""
+    from ldm_deploy.artifact import atomic_write_bytes, atomic_write_json
 
     out.mkdir(parents=True, exist_ok=True)
     report = compare_students(teacher, students, data, threads=threads, seed=seed, picture=out / "images.png")
     atomic_write_json(out / "scoreboard.json", report)
+    chart = scoreboard_chart(report)
+    if chart is not None:
+        atomic_write_bytes(out / "chart.svg", chart.encode())
     print("\n".join(describe_scoreboard(report)))
-    print(f"figures: {out / 'scoreboard.json'}; images: {out / 'images.png'}")
+    print(f"figures: {out / 'scoreboard.json'}; images: {out / 'images.png'}; chart: {out / 'chart.svg'}")
     return report
 
 

@@ -9,7 +9,20 @@ from pathlib import Path
 
 import pytest
 
-TARGETS = ("help", "setup", "export", "test", "test-all", "lint", "train", "distill", "bench", "gpu-report", "clean")
+TARGETS = (
+    "help",
+    "setup",
+    "export",
+    "scoreboard",
+    "test",
+    "test-all",
+    "lint",
+    "train",
+    "distill",
+    "bench",
+    "gpu-report",
+    "clean",
+)
 
 # Stands in for `python3` and for .venv/bin/python: writes its arguments to $LOG, and makes a venv of itself.
 STAND_IN = """#!/usr/bin/env bash
@@ -64,10 +77,13 @@ def test_help_gives_every_target_one_line(clone: Path) -> None:
 
 def test_export_sets_up_on_its_own_and_only_once(clone: Path) -> None:
     assert make(clone, "export").returncode == 0
-    export = "ldm-deploy optimize reference --target onnxruntime-cpu --out build/reference"
-    assert calls(clone) == ["python -m venv .venv", INSTALL, FETCH, export]
+    export = [
+        "ldm-deploy optimize reference --target onnxruntime-cpu --out build/reference",
+        "ldm-deploy optimize few-steps --target onnxruntime-cpu --out build/few-steps",
+    ]
+    assert calls(clone) == ["python -m venv .venv", INSTALL, FETCH, *export]
     assert make(clone, "export").returncode == 0
-    assert calls(clone) == [export]
+    assert calls(clone) == export
 
 
 def test_test_sets_up_on_its_own_and_again_when_the_pins_change(clone: Path) -> None:
@@ -113,6 +129,16 @@ def test_bench_is_the_bundle_and_what_stands_beside_its_peers(clone: Path) -> No
         "ldm-deploy bench build/reference", "python benchmarks/export_unet.py",
         "python benchmarks/quantization.py unet71m",
     ]  # fmt: skip
+
+
+def test_the_scoreboard_is_of_the_teacher_the_student_and_what_export_wrote(clone: Path) -> None:
+    make(clone, "setup")
+    calls(clone)
+    assert make(clone, "scoreboard", "DATA=emoji.zip").returncode == 0
+    assert calls(clone)[-1] == (
+        "ldm-deploy eval reference --student build/reference --student few-steps --student build/few-steps"
+        " --data emoji.zip --out build/scoreboard"
+    )
 
 
 def test_distill_makes_a_student_of_the_shipped_reference(clone: Path) -> None:
