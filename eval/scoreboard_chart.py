@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 from xml.etree import ElementTree
 
-from ldm_deploy.eval.charts import LEFT, WIDTH, Point, pareto_chart
+from ldm_deploy.eval.charts import WIDTH, Point, pareto_chart
 
 LINE = 19  # of the legend, in the drawing's units
 MARGIN = 12
@@ -48,7 +48,7 @@ def scoreboard_chart(report: Mapping[str, Any]) -> str | None:
     style.text = STYLE
     root.insert(0, style)
     for number, point in enumerate(points, 1):
-        place = {"x": str(LEFT), "y": f"{bottom + LINE * number:g}", "class": "entry"}
+        place = {"x": str(MARGIN), "y": f"{bottom + LINE * number:g}", "class": "entry"}
         ElementTree.SubElement(root, "text", place).text = f"{number}  {point.name}, {point.x:.4g} ms, {point.y:.3g} %"
     return ElementTree.tostring(root, encoding="unicode") + "\n"
 

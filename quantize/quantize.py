@@ -6,7 +6,6 @@ What fails to prove itself is in the bundle's `refused`, with the reason and the
 from __future__ import annotations
 
 import functools
-import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -61,7 +60,7 @@ def quantize_bundle(
     from ldm_deploy.quantize import cpu
     from ldm_deploy.quantize.candidates import batched, quantize_component
     from ldm_deploy.quantize.refine import BundleSearch
-    from ldm_deploy.quantize.sizes import size_limits
+    from ldm_deploy.quantize.sizes import size_limit
     from ldm_deploy.runtime.bundle import read_bundle, write_bundle
 
     if target not in TARGETS:
@@ -76,8 +75,10 @@ def quantize_bundle(
 
     if cpu.has_vnni() is False:
         note("this CPU has no VNNI: products of 8 bits would saturate, weights get 7 bits")
-    fp32_bytes = {name: record["size_bytes"] for name, record in records.items()}
-    sizes = size_limits(limits.limits_for(f"int8-{target}"), fp32_bytes, wanted)
+    sizes = {name: record["size_bytes"] for name, record in records.items()}
+    baseline_bytes, of_variant = sum(sizes.values()), limits.limits_for(f"int8-{target}")
+    # The largest last: what the others saved is its own.
+    to_come = sorted(wanted, key=sizes.__getitem__)
     search = None
     if builds:
         search = BundleSearch(bundle, target, limits, data, out, wanted, builds=builds, seed=seed, threads=threads)
@@ -87,7 +88,8 @@ def quantize_bundle(
         for file in bundle.data["files"]:
             (staging / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / file, staging / file)
-        for name in wanted:
+        while to_come:
+            name = to_come[0]
             folder = staging / "candidates"
             kit = make_kit(bundle, name, target, threads=threads)
             probes, limit = read_probes(source / "probes" / f"{name}.safetensors"), limits.parity_limit("int8", name)
@@ -98,15 +100,18 @@ def quantize_bundle(
                 refine = functools.partial(search.refine, name, kit, folder, probes, limit, feeds)
             kept, losers = quantize_component(
                 name, kit, folder, data.samples(name), probes, limit, batch=batch, seed=seed, refine=refine,
-                size_limit=sizes.get(name, math.inf), advance=advance,
+                size_limit=size_limit(of_variant, sizes, baseline_bytes, to_come), advance=advance,
             )  # fmt: skip
+            to_come.pop(0)
             if kept is None:
                 refused += [_refusal(name, target, loser) for loser in losers]
             else:
                 files = [file.replace(staging / "engines" / file.name) for file in kit.files(kept.path)]
                 layers = [layer.name for layer in kit.layers(kept.recipe)]
                 new_engines.append(_engine_entry(records[name], target, kept, losers, files, layers, staging))
+                sizes[name] = kept.size_bytes
             shutil.rmtree(folder)
+        new_engines.sort(key=lambda engine: wanted.index(engine["component"]))
         content = {**bundle.data, "parents": {**bundle.data["parents"], "calibration": data.digest}}
         content["engines"] = [*bundle.data["engines"], *new_engines]
         content["refused"] = [*bundle.data.get("refused", []), *refused]

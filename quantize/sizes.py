@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -11,17 +12,17 @@ if TYPE_CHECKING:
     from ldm_deploy.eval.budget import Limits
 
 
-def size_limits(limits: Limits, fp32_bytes: Mapping[str, int], quantized: Sequence[str]) -> dict[str, float]:
-    """Component -> bytes, for those in `quantized`; none without a `size_max`.
+def size_limit(limits: Limits, sizes: Mapping[str, int], baseline_bytes: int, to_come: Sequence[str]) -> float:
+    """Bytes that the first of `to_come`, the components still to be quantized, may have; infinite without `size_max`.
 
-    `fp32_bytes`: the size of every fp32 engine of the variant. What the limit leaves beside the engines that stay as
-    they are is shared in proportion to the size in fp32. Which is about the baseline's, of which "0.6x" is a multiple.
+    `sizes`: every engine of the variant as things stand. What the limit leaves beside those that stay as they are is
+    shared among those to come in proportion; the last one gets all that the others saved. `baseline_bytes`: of all
+    engines in fp32, about the baseline's size, of which "0.6x" is a multiple.
     """
     given = limits.limits.get("size_max")
     if given is None:
-        return {}
+        return math.inf
     multiple = MULTIPLE.fullmatch(given) if isinstance(given, str) else None
-    total = float(given) if multiple is None else float(multiple[1]) * sum(fp32_bytes.values())
-    left = total - sum(size for name, size in fp32_bytes.items() if name not in quantized)
-    shrinking = sum(fp32_bytes[name] for name in quantized)
-    return {name: left * fp32_bytes[name] / shrinking for name in quantized}
+    total = float(given) if multiple is None else float(multiple[1]) * baseline_bytes
+    left = total - sum(size for name, size in sizes.items() if name not in to_come)
+    return left * sizes[to_come[0]] / sum(sizes[name] for name in to_come)

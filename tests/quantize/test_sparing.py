@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from ldm_deploy.quantize.calibration import Samples
 from ldm_deploy.quantize.candidates import Candidate, _best
 from ldm_deploy.quantize.onnxruntime_cpu import RECIPES, OnnxRuntimeKit
 from ldm_deploy.quantize.qdq import select_nodes
-from ldm_deploy.quantize.sizes import size_limits
+from ldm_deploy.quantize.sizes import size_limit
 from ldm_deploy.quantize.sparing import fewest, spare
 from ldm_deploy.runtime.engines import OnnxRuntimeEngine
 
@@ -123,9 +124,11 @@ def test_what_breaks_the_size_limit_is_kept_only_if_all_do():
     assert _best([fast, small], 100) is fast
 
 
-@pytest.mark.parametrize(("size_max", "unet"), [("0.6x", 416.0), (650, 360.0), (None, None)])
-def test_the_size_limit_is_shared_by_what_is_quantized(size_max, unet):
+@pytest.mark.parametrize(("size_max", "decoder", "unet"), [("0.6x", 104, 470), (650, 90, 400), (None, None, None)])
+def test_the_largest_component_may_have_what_the_others_saved(size_max, decoder, unet):
     limits = Limits({} if size_max is None else {"size_max": size_max}, ())
-    fp32 = {"text_encoder": 100, "unet": 800, "vae_decoder": 200, "vae_encoder": 100}
-    found = size_limits(limits, fp32, ["unet", "vae_decoder"])
-    assert found == ({} if unet is None else pytest.approx({"unet": unet, "vae_decoder": unet / 4}))
+    sizes = {"text_encoder": 100, "unet": 800, "vae_decoder": 200, "vae_encoder": 100}
+    first = size_limit(limits, sizes, 1200, ["vae_decoder", "unet"])
+    assert first == (math.inf if decoder is None else pytest.approx(decoder))
+    last = size_limit(limits, {**sizes, "vae_decoder": 50}, 1200, ["unet"])
+    assert last == (math.inf if unet is None else pytest.approx(unet))
