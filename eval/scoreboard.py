@@ -160,11 +160,12 @@ def write_scoreboard(
     out.mkdir(parents=True, exist_ok=True)
     report = compare_students(teacher, students, data, threads=threads, seed=seed, picture=out / "images.png")
     atomic_write_json(out / "scoreboard.json", report)
+    print("\n".join(describe_scoreboard(report)))
+    print(f"figures: {out / 'scoreboard.json'}; images: {out / 'images.png'}")
     chart = scoreboard_chart(report)
     if chart is not None:
         atomic_write_bytes(out / "chart.svg", chart.encode())
-    print("\n".join(describe_scoreboard(report)))
-    print(f"figures: {out / 'scoreboard.json'}; images: {out / 'images.png'}; chart: {out / 'chart.svg'}")
+        print(f"chart: {out / 'chart.svg'}")
     return report
 
 

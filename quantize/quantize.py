@@ -78,7 +78,7 @@ def quantize_bundle(
     sizes = {name: record["size_bytes"] for name, record in records.items()}
     baseline_bytes, of_variant = sum(sizes.values()), limits.limits_for(f"int8-{target}")
     # The largest last: what the others saved is its own.
-    to_come = sorted(wanted, key=sizes.__getitem__)
+    order = sorted(wanted, key=sizes.__getitem__)
     search = None
     if builds:
         search = BundleSearch(bundle, target, limits, data, out, wanted, builds=builds, seed=seed, threads=threads)
@@ -88,8 +88,7 @@ def quantize_bundle(
         for file in bundle.data["files"]:
             (staging / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / file, staging / file)
-        while to_come:
-            name = to_come[0]
+        for place, name in enumerate(order):
             folder = staging / "candidates"
             kit = make_kit(bundle, name, target, threads=threads)
             probes, limit = read_probes(source / "probes" / f"{name}.safetensors"), limits.parity_limit("int8", name)
@@ -100,9 +99,8 @@ def quantize_bundle(
                 refine = functools.partial(search.refine, name, kit, folder, probes, limit, feeds)
             kept, losers = quantize_component(
                 name, kit, folder, data.samples(name), probes, limit, batch=batch, seed=seed, refine=refine,
-                size_limit=size_limit(of_variant, sizes, baseline_bytes, to_come), advance=advance,
+                size_limit=size_limit(of_variant, sizes, baseline_bytes, order[place:]), advance=advance,
             )  # fmt: skip
-            to_come.pop(0)
             if kept is None:
                 refused += [_refusal(name, target, loser) for loser in losers]
             else:

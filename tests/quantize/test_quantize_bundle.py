@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,33 @@ def test_the_fastest_recipe_is_kept_and_described(
     record = json.loads((tmp_path / "out.calibration.json").read_text())
     assert record["digest"] == data["parents"]["calibration"]
     assert not (tmp_path / "out" / "candidates").exists()
+
+
+def test_what_the_decoder_saved_the_unet_may_have(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Components go by size; the larger one's limit counts what the smaller one has become, not what it was."""
+    directory = tmp_path / "source"
+    shutil.copytree(source, directory)
+    shutil.copyfile(directory / "probes" / "unet.safetensors", directory / "probes" / "vae_decoder.safetensors")
+    content = json.loads((directory / "bundle.json").read_text())
+    write_bundle(directory, content)
+    sizes = {engine["component"]: engine["size_bytes"] for engine in content["engines"]}
+    first, last = sorted(("unet", "vae_decoder"), key=sizes.__getitem__)
+    limits: dict[str, float] = {}
+
+    def small(name: str, kit: Any, folder: Path, *rest: Any, size_limit: float, **options: Any) -> Any:
+        limits[name] = size_limit
+        path = folder / "conv" / f"{name}-int8.onnx"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(kit.model_path.read_bytes())
+        return Candidate("conv", path, Recipe(), ParityResult(0.0, 0.1, "", "", (0.0,)), {"int8": 1}, size_bytes=1), []
+
+    monkeypatch.setattr(candidates, "quantize_component", small)
+    quantize_bundle(directory, tmp_path / "out", threads=1)
+    assert list(limits) == [first, last]
+    others = sum(size for name, size in sizes.items() if name not in limits)
+    assert limits[last] == pytest.approx(0.6 * sum(sizes.values()) - others - 1)
 
 
 def test_the_quantized_bundle_draws(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
