@@ -144,7 +144,8 @@ def work_of(source: Path, component: str, device: str, folder: Path, threads: in
 
     probes = folder / f"{component}.safetensors"
     folder.mkdir(parents=True, exist_ok=True)
-    write_probes(probes, make_probes(load_source(source), components=[component])[component])
+    if not probes.is_file():  # minutes of a slow processor
+        write_probes(probes, make_probes(load_source(source), components=[component])[component])
     work: list[Work] = []
     for precision, compiled in TORCH_ROWS:
         given = (source, component, probes, device, precision, compiled)

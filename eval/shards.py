@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 
 from ldm_deploy.artifact import atomic_write_bytes, content_key, tool_versions
-from ldm_deploy.errors import ConfigError, EvaluationError
+from ldm_deploy.errors import EvaluationError
+from ldm_deploy.eval.cluster import spread
 from ldm_deploy.eval.image_files import Size, read_images
 from ldm_deploy.eval.quality import Arrays, flat_each, measure_pairs
 
@@ -118,7 +119,9 @@ def read_shard(folder: Path, shard: Shard, names: Sequence[str] | None = None) -
 
 def measure_all(shards: Sequence[Shard], processes: int, ray_address: str | None) -> Iterator[tuple[Shard, Measured]]:
     """Every shard with what was found, in the order they are finished."""
-    return _on_ray(shards, ray_address, processes) if ray_address else _in_processes(shards, processes)
+    if ray_address:
+        return spread(_measure_alone, shards, ray_address, workers=processes)
+    return _in_processes(shards, processes)
 
 
 def _in_processes(shards: Sequence[Shard], processes: int) -> Iterator[tuple[Shard, Measured]]:
@@ -164,36 +167,3 @@ def _measure_alone(shard: Shard) -> Measured:
 
         torch.set_num_threads(1)
     return measure_shard(shard)
-
-
-def _on_ray(shards: Sequence[Shard], address: str, processes: int) -> Iterator[tuple[Shard, Measured]]:
-    """`address`: as `ray.init` takes it; "local" starts a cluster of `processes` workers here.
-
-    Every node must have this package and see the images under the same paths.
-    """
-    try:
-        import ray
-    except ImportError:
-        raise ConfigError("--ray needs the package ray: pip install 'ldm-deploy[ray]', or use --processes") from None
-    cpus = processes if address == "local" else None
-    try:
-        ray.init(address, num_cpus=cpus, logging_level="error", log_to_driver=False)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"no Ray cluster at {address!r} ({first}); give its address, auto or local") from None
-    try:
-        measure = ray.remote(num_cpus=1)(_measure_alone)
-        todo = iter(shards)
-        at_once = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
-        waiting = {measure.remote(shard): shard for shard in islice(todo, at_once)}
-        while waiting:
-            done, _ = ray.wait(list(waiting), num_returns=1)
-            for handle in done:
-                try:
-                    found = ray.get(handle)
-                except ray.exceptions.RayTaskError as error:
-                    raise error.cause from None
-                yield waiting.pop(handle), found
-                waiting |= {measure.remote(shard): shard for shard in islice(todo, 1)}
-    finally:
-        ray.shutdown()

@@ -44,7 +44,7 @@ class Subject:
 
             self.pipeline = torch_pipeline(load_source(spec["path"]), threads)
         elif kind == "engine":
-            self.single = _open_engine(spec, threads)
+            self.single = open_file(spec, threads)
         elif kind == "module":
             self.single = open_module(spec, threads)
         elif kind == "factory":
@@ -97,7 +97,7 @@ def _records(spec: Mapping[str, Any]) -> list[dict[str, Any]]:
         return []
 
 
-def _open_engine(spec: dict[str, Any], threads: int) -> Any:
+def open_file(spec: dict[str, Any], threads: int) -> Any:
     """An engine of a bundle, or the file of one; of OpenVINO's, "precision" and "rest" say what it computes in."""
     if "bundle" in spec:
         from ldm_deploy.runtime.bundle import read_bundle

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,4 +39,21 @@ def to_aoti(
         raise ExportError(f"{component}: AOTInductor compiled nothing: {root_cause(error)}") from error
     finally:
         torch.backends.cuda.matmul.allow_tf32 = allowed
+    check_standard_library(path, component)
     return {"precision_found": count_precisions(program), "built_for": made_for}
+
+
+def check_standard_library(path: Path, component: str) -> None:
+    """Raises `ExportError` for a package whose code has a C++ standard library of its own in it.
+
+    torch has loaded another one by then; with two, the package ends the process that loads it. Compilers link it in
+    where they find libstdc++.a and no libstdc++.so.
+    """
+    with zipfile.ZipFile(path) as package:
+        for name in package.namelist():
+            if name.endswith(".so") and b"libstdc++.so" not in package.read(name):
+                raise ExportError(
+                    f"{component}: the C++ compiler linked its standard library into the package, which would end the "
+                    "process that loads it; put a link libstdc++.so to libstdc++.so.6 beside the file that "
+                    "`g++ -print-file-name=libstdc++.a` names, or name another compiler in CXX"
+                )

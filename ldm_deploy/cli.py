@@ -29,6 +29,7 @@ Bundle = Annotated[Path, Argument(metavar="BUNDLE", help="A bundle directory.")]
 Source = Annotated[str, Argument(metavar="SOURCE", help="A reference directory, or 'reference' (shipped).")]
 Out = Annotated[Path, Option("--out", metavar="DIR", help="Where the result goes.")]
 Budget = Annotated[Path | None, Option("--budget", metavar="B.toml", help="Limits (the shipped ones).")]
+DRAWS = "Draw for --builds on a Ray cluster."
 Builds = Annotated[int, Option("--builds", min=0, metavar="N", help="Search mixed precision: N builds a component.")]
 Component = Annotated[list[str] | None, Option("--component", metavar="C", help="Only this; repeatable.")]
 
@@ -197,6 +198,7 @@ def quantize(
     calibration: Annotated[Path | None, Option("--calibration", metavar="FILE.npz", help="To reuse.")] = None,
     component: Component = None,
     builds: Builds = 0,
+    ray: Annotated[str | None, Option("--ray", metavar="ADDRESS", help=DRAWS)] = None,
     precision: Annotated[str, Option("--precision", metavar="P", help="int8; w8, w4: weights only.")] = "int8",
     json: Json = None, seed: Seed = 0, threads: Threads = None, quiet: Quiet = False,
 ) -> Result:  # fmt: skip
@@ -206,13 +208,14 @@ def quantize(
     --component, FILE.npz may be arrays of your own, named after the inputs, the samples on the first axis.
     """
     commands.check_words(targets=[target], components=component)
+    commands.check_ray(ray, builds)
     from ldm_deploy.eval.budget import load_budget
     from ldm_deploy.quantize.quantize import quantize_bundle
 
     if precision == "int8":
         quantize_bundle(
             directory, out, target=target, budget=load_budget(budget), calibration=calibration,
-            components=component or None, builds=builds, seed=seed, threads=threads,
+            components=component or None, builds=builds, ray=ray, seed=seed, threads=threads,
         )  # fmt: skip
     else:
         if calibration is not None or builds:
@@ -366,6 +369,7 @@ def optimize(
     target: Annotated[list[str] | None, Option("--target", metavar="T", help="Repeatable.")] = None,
     budget: Budget = None,
     builds: Builds = 0,
+    ray: Annotated[str | None, Option("--ray", metavar="ADDRESS", help=DRAWS)] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Print the plan with a time estimate; do nothing.")] = False,
     json: Json = None, seed: Seed = 0, threads: Threads = None, quiet: Quiet = False,
 ) -> Result:  # fmt: skip
@@ -373,13 +377,14 @@ def optimize(
     if commands.is_function(source):
         raise ConfigError(f"{source} makes one component, and optimize needs a whole model; use export --component")
     commands.check_words(targets=target)
+    commands.check_ray(ray, builds)
     from ldm_deploy.optimize import optimize as run
     from ldm_deploy.optimize import show_plan
 
     targets = target or ["onnxruntime-cpu"]
     if dry_run:
         return show_plan(source, targets, builds=builds, threads=threads), 0
-    report = run(source, out, targets=targets, budget=budget, builds=builds, seed=seed, threads=threads)
+    report = run(source, out, targets=targets, budget=budget, builds=builds, ray=ray, seed=seed, threads=threads)
     from ldm_deploy.eval.report import exit_code, print_table
 
     print_table(report)

@@ -49,6 +49,12 @@ def check_words(
                 raise ConfigError(f"{kind} {word!r} is unknown; {hint}")
 
 
+def check_ray(address: str | None, builds: int) -> None:
+    """Raises `ConfigError` for a cluster that has nothing to do."""
+    if address is not None and not builds:
+        raise ConfigError(f"--ray {address} draws for the search, and nothing is searched; add --builds N")
+
+
 def is_function(source: str) -> bool:
     """Whether a source is `module:function`, one of the user's own."""
     return re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", source) is not None and not Path(source).exists()

@@ -34,12 +34,14 @@ def optimize(
     targets: Sequence[str] = ("onnxruntime-cpu",),
     budget: Path | None = None,
     builds: int = 0,
+    ray: str | None = None,
     seed: int = 0,
     threads: int | None = None,
 ) -> dict[str, Any]:
     """Export, quantize, evaluate and bundle `source` (see `models.sources`) for `targets`; returns the report.
 
-    `builds`: of the mixed-precision search, per component and target; 0 leaves it out.
+    `builds`: of the mixed-precision search, per component and target; 0 leaves it out. `ray`: address
+    of a cluster that draws for it.
     Stages are kept in `<out>.stages/` under the digest of everything that went in, so that the same command, started
     again after it was killed, goes on where it stopped. `out` appears, or is replaced, only when it is complete.
     """
@@ -78,7 +80,7 @@ def optimize(
             {"exported": key, "target": target, "budget": limits.digest, "builds": builds, **ingredients},
             functools.partial(
                 quantize_bundle, before, target=target, budget=limits, calibration=calibration, builds=builds,
-                seed=seed, threads=threads,
+                ray=ray, seed=seed, threads=threads,
             ),
         )  # fmt: skip
         drawn = quantized.with_name(f"{quantized.name}.calibration.npz")

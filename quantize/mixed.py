@@ -16,6 +16,7 @@ from ldm_deploy.eval.speedup import speedup
 from ldm_deploy.progress import task
 from ldm_deploy.quantize.candidates import Candidate, engine_name
 from ldm_deploy.quantize.drawing import Drawing, image_quality
+from ldm_deploy.quantize.far import Far
 from ldm_deploy.quantize.kit import Kit
 from ldm_deploy.quantize.scheme import AnyRecipe
 from ldm_deploy.quantize.search import Found, Measured, search
@@ -47,6 +48,7 @@ def mix_component(
     psnr_db_min: float,
     builds: int,
     start: Sequence[Candidate] = (),
+    far: Far | None = None,
     journals: Path | None = None,
     seed: int = 0,
 ) -> Mixed:
@@ -54,11 +56,12 @@ def mix_component(
 
     `limit`: of the relative error on `probes`, as for any engine. `feeds`: of the timed call. `drawing` None (a
     component of a model that draws nothing): dB of the outputs' relative error on the probes stand for the PSNR.
-    `start`: candidates of fixed recipes. `journals`: a folder for what a killed search goes on from.
+    `start`: candidates of fixed recipes. `far`: draws for single layers. `journals`: a folder for what a killed search
+    goes on from.
     """
     widest = _widest(kit, start)
     layers, latency_ms = study_layers(
-        component, kit, widest, feeds, folder, probes=probes, drawing=drawing, seed=seed,
+        component, kit, widest, feeds, folder, probes=probes, drawing=drawing, far=far, seed=seed,
         journal=None if journals is None else journals / f"{component}.layers.jsonl",
     )  # fmt: skip
     if not layers:

@@ -40,6 +40,7 @@ def quantize_bundle(
     calibration: Path | None = None,
     components: Sequence[str] | None = None,
     builds: int = 0,
+    ray: str | None = None,
     seed: int = 0,
     threads: int | None = None,
 ) -> Bundle:
@@ -48,10 +49,10 @@ def quantize_bundle(
     `calibration`: a set written earlier; None collects one from the bundle's own fp32 pipeline and leaves it beside
     `out` as `<out>.calibration.npz`. For one component it may be a plain .npz file, its arrays named after the inputs,
     the samples on the first axis; a bundle of single components takes nothing else. `builds` above 0: beyond the fixed
-    recipes every layer is studied alone (sensitivity.json) and that many assignments at most are searched per
-    component; what is done lies in `<out>.search/`, and a killed search goes on from there. New variant:
-    `int8-<target>` if both components survive, else `mixed-<target>` with the one that does; timestep_error.json comes
-    with it. Raises `QuantizationError` for a set that does not fit.
+    recipes every layer is studied alone (sensitivity.json; the Ray cluster at `ray` draws for that) and that many
+    assignments at most are searched per component; what is done lies in `<out>.search/`, and a killed search goes on
+    from there. New variant: `int8-<target>` if both components survive, else `mixed-<target>` with the one that does;
+    timestep_error.json comes with it. Raises `QuantizationError` for a set that does not fit.
     """
     from ldm_deploy.artifact import staged_directory
     from ldm_deploy.eval.budget import Budget, load_budget
@@ -81,7 +82,8 @@ def quantize_bundle(
     order = sorted(wanted, key=sizes.__getitem__)
     search = None
     if builds:
-        search = BundleSearch(bundle, target, limits, data, out, wanted, builds=builds, seed=seed, threads=threads)
+        search = BundleSearch(bundle, target, limits, data, out, wanted, builds=builds, seed=seed, threads=threads,
+                              ray=ray)  # fmt: skip
     new_engines: list[dict[str, Any]] = []
     refused: list[dict[str, Any]] = []
     with staged_directory(out) as staging, task(f"quantizing for {target}", 3 * len(wanted)) as advance:

@@ -15,16 +15,16 @@ from ldm_deploy.errors import QuantizationError
 from ldm_deploy.eval.machine import machine, usable_threads
 from ldm_deploy.eval.studies import read_studies
 from ldm_deploy.quantize.calibration import PROMPTS, CalibrationSet
-from ldm_deploy.quantize.drawing import Drawing
+from ldm_deploy.quantize.far import Far, Studio
 from ldm_deploy.quantize.mixed import mix_component
 from ldm_deploy.quantize.search import Measured
 from ldm_deploy.quantize.timestep_error import write_study
-from ldm_deploy.runtime.pipeline import load
 
 if TYPE_CHECKING:
     from ldm_deploy.eval.budget import Budget
     from ldm_deploy.eval.parity import Probe
     from ldm_deploy.quantize.candidates import Candidate
+    from ldm_deploy.quantize.drawing import Drawing
     from ldm_deploy.quantize.kit import Kit
     from ldm_deploy.runtime.bundle import Bundle
 
@@ -47,6 +47,7 @@ class BundleSearch:
         builds: int,
         seed: int,
         threads: int | None,
+        ray: str | None = None,
     ) -> None:
         self.target, self.builds, self.seed = target, builds, seed
         self.threads = threads or usable_threads()
@@ -56,11 +57,16 @@ class BundleSearch:
         }  # fmt: skip
         self.journals = out.with_name(f"{out.name}.search") / content_key(key).removeprefix("sha256:")[:16]
         self.drawing: Drawing | None = None
+        self.far: Far | None = None
         if bundle.data["model"] is not None:
-            pipeline = load(bundle.root, variant=f"fp32-{target}", threads=threads)
+            variant = f"fp32-{target}"
             prompts = data.details.get("prompts") or PROMPTS  # those of the report are not to be tuned for
-            steps = min(STUDY_STEPS, pipeline.steps)
-            self.drawing = Drawing(pipeline, tuple(prompts[:STUDY_PROMPTS]), STUDY_SEEDS, steps)
+            steps = min(STUDY_STEPS, next(one["steps"] for one in bundle.data["variants"] if one["name"] == variant))
+            studio = Studio(
+                bundle.root.resolve(), variant, tuple(prompts[:STUDY_PROMPTS]), STUDY_SEEDS, steps, self.threads
+            )
+            self.drawing = studio.open()
+            self.far = None if ray is None else Far(ray, studio)
             limit = limits.limits_for(f"int8-{target}").limits.get("psnr_db_min")
             # Squared errors of components add up: each gets its part.
             self.psnr_db_min = (0.0 if limit is None else float(str(limit))) + 10 * math.log10(len(wanted))
@@ -87,7 +93,7 @@ class BundleSearch:
         try:
             mixed = mix_component(
                 component, kit, folder, probes, limit, feeds, self.drawing, psnr_db_min=self.psnr_db_min,
-                builds=self.builds, start=start, journals=self.journals, seed=self.seed,
+                builds=self.builds, start=start, far=self.far, journals=self.journals, seed=self.seed,
             )  # fmt: skip
             self.studies.append(mixed.study)
             self.searches.append({**about, "psnr_db_min": self.psnr_db_min, "measured": mixed.found.to_list()})

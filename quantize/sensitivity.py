@@ -8,7 +8,7 @@ take less than before. Kernels that are the same in both engines are left out: t
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ import numpy as np
 from ldm_deploy.errors import LdmDeployError
 from ldm_deploy.eval.parity import Probe, compare_outputs
 from ldm_deploy.quantize.drawing import Drawing, image_quality
-from ldm_deploy.quantize.kit import Kit
+from ldm_deploy.quantize.far import Far
+from ldm_deploy.quantize.kit import Kit, Spec
 from ldm_deploy.quantize.profile import NodeTimes
 from ldm_deploy.quantize.scheme import AnyRecipe
 
@@ -57,13 +58,15 @@ def study_layers(
     *,
     probes: Sequence[Probe],
     drawing: Drawing | None,
+    far: Far | None = None,
     journal: Path | None = None,
     seed: int = 0,
 ) -> tuple[list[LayerStudy], float]:
     """Every layer that `recipe` quantizes, in the order of the graph; and the latency in ms with none of them changed.
 
-    `feeds`: of the timed call. `drawing` None (a component of a model that draws nothing) leaves images out. `journal`:
-    a file that keeps what is done, line by line, so that a killed study goes on; it is for one kit, recipe and drawing.
+    `feeds`: of the timed call. `drawing` None (a component of a model that draws nothing) leaves images out. `far`
+    draws before anything is timed, as `drawing` would. `journal`: a file that keeps what is done, line by line, so that
+    a killed study goes on; it is for one kit, recipe and drawing.
     Layers without a name of their own cannot be told apart and are left out.
     """
     from ldm_deploy.progress import task
@@ -74,33 +77,80 @@ def study_layers(
     base = kit.base(recipe)
     before: list[NodeTimes] = []
     reference: np.ndarray | None = None
+
+    def alone(name: str) -> AnyRecipe:
+        return replace(recipe, keep_float=tuple(other for other in names if other != name))
+
     if any(layer.name not in known for layer in layers) or not layers:
-        before = kit.node_times(base, feeds, RUNS)
         reference = None if drawing is None else drawing.images(component, kit.open_spec(base))
+        if far is not None and reference is not None:
+            for name, quality in _drawn_far(component, kit, alone, names, known, folder, far, reference, seed):
+                _note(journal, known, _IMAGES + name, quality)
+        before = kit.node_times(base, feeds, RUNS)
     latency_ms = known.get("", {}).get("latency_ms") or float(np.median([sum(run.values()) for run in before]))
     _note(journal, known, "", {"latency_ms": latency_ms})
     with task(f"one {component} layer at a time", len(layers), done=sum(name in known for name in names)) as advance:
         for layer in layers:
             if layer.name in known:
                 continue
-            alone = replace(recipe, keep_float=tuple(name for name in names if name != layer.name))
+            only = alone(layer.name)
             path = folder / f"alone{kit.suffix}"
             entry: dict[str, Any] = {"image_psnr_db": None, "time_won_ms": None, "relative_error": None, "reason": None}
             try:
-                kit.build(path, alone)
-                engine = kit.open(path, alone)
+                kit.build(path, only)
+                engine = kit.open(path, only)
                 error = compare_outputs(engine, probes, np.inf).relative_error
                 entry["relative_error"] = error if np.isfinite(error) else None
                 if drawing is not None and reference is not None:
-                    entry["image_psnr_db"] = image_quality(reference, drawing.images(component, engine), seed=seed)
+                    entry["image_psnr_db"] = known.get(_IMAGES + layer.name) or image_quality(
+                        reference, drawing.images(component, engine), seed=seed
+                    )
                 else:
                     entry["reason"] = "the component is not part of a model that draws"
-                entry["time_won_ms"] = time_won(before, kit.node_times(kit.spec(path, alone), feeds, RUNS), seed=seed)
+                entry["time_won_ms"] = time_won(before, kit.node_times(kit.spec(path, only), feeds, RUNS), seed=seed)
             except LdmDeployError as failure:
                 entry["reason"] = str(failure)
             _note(journal, known, layer.name, entry)
             advance()
     return [LayerStudy(layer.name, layer.op, **known[layer.name]) for layer in layers], latency_ms
+
+
+_IMAGES = "images of "  # before a layer's name: a line of the journal whose layer was not timed yet
+
+
+def _drawn_far(
+    component: str,
+    kit: Kit,
+    alone: Callable[[str], AnyRecipe],
+    names: Sequence[str],
+    known: Mapping[str, Any],
+    folder: Path,
+    far: Far,
+    reference: np.ndarray,
+    seed: int,
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(layer, quality of its images), drawn on a cluster. What cannot be had there is left for here."""
+    from ldm_deploy.progress import task
+
+    todo = [name for name in names if name not in known and _IMAGES + name not in known]
+    paths = {name: folder.resolve() / f"far{index}{kit.suffix}" for index, name in enumerate(todo)}
+
+    def engines() -> Iterator[tuple[str, Spec]]:
+        for name, path in paths.items():
+            try:
+                kit.build(path, alone(name))
+            except LdmDeployError:
+                advance()  # it is said where the layer is timed
+                continue
+            yield name, kit.spec(path, alone(name))
+
+    with task(f"drawing for {component} on {far.address}", len(todo)) as advance:
+        for name, images in far.images(component, engines()):
+            for file in kit.files(paths[name]):
+                file.unlink()
+            if images is not None:
+                yield name, image_quality(reference, images, seed=seed)
+            advance()
 
 
 def time_won(before: Sequence[NodeTimes], after: Sequence[NodeTimes], *, seed: int = 0) -> dict[str, Any]:

@@ -34,9 +34,9 @@ def build_autoencoder(config: Config) -> Autoencoder:
     return Autoencoder(**asdict(config.autoencoder))
 
 
-def to_tensor(images: np.ndarray) -> Tensor:
-    """uint8 (batch, H, W, 3) -> float32 (batch, 3, H, W) in [-1, 1], channels last in memory."""
-    scaled = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+def to_tensor(images: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
+    """uint8 (batch, H, W, 3) -> float32 (batch, 3, H, W) in [-1, 1] on `device`, channels last in memory."""
+    scaled = torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
     return scaled.contiguous(memory_format=torch.channels_last)
 
 
@@ -92,7 +92,7 @@ def train_autoencoder(
 
     def reconstruct(step: int, rows: slice) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         """(image, reconstruction, regulariser to add to the loss, what to log of it)."""
-        image = to_tensor(batch(step)[rows]).to(team.device)
+        image = to_tensor(batch(step)[rows], team.device)
         if dropouts:
             torch.manual_seed(int(rng(config.seed, "dropout", step).integers(2**62)))
             for dropout in dropouts:

@@ -40,7 +40,7 @@ def encode_images(autoencoder: Autoencoder, images: np.ndarray, batch_size: int 
     device = processes().device
     autoencoder.to(device)
     moments = [
-        autoencoder.encode(to_tensor(images[start : start + batch_size]).to(device))
+        autoencoder.encode(to_tensor(images[start : start + batch_size], device))
         for start in range(0, len(images), batch_size)
     ]
     autoencoder.cpu()

@@ -13,6 +13,7 @@ from ldm_deploy.models.reference import Reference
 from ldm_deploy.models.unet import UNet
 from ldm_deploy.training.consistency import Levels, consistency_loss, solver_grid
 from ldm_deploy.training.distill_config import StepsConfig
+from ldm_deploy.training.graphs import Replayed
 from ldm_deploy.training.loop import Preview, run_stage
 from ldm_deploy.training.lora import add_lora, merged_state
 from ldm_deploy.training.processes import processes
@@ -49,16 +50,22 @@ def train_consistency(
     levels = Levels.of(teacher.schedule, device)
     grid = torch.from_numpy(solver_grid(teacher.schedule, config.solver_steps)).to(device)
     span = (config.guidance_min, config.guidance_max)
+    same_shapes = stage.accumulation == 1 and not stage.gradient_checkpointing
+    learner, target, tutor_unet = (
+        Replayed(module, enabled=same_shapes) for module in (student.unet, student.target, source)
+    )
 
     def loss(step: int, rows: slice) -> tuple[Tensor, Mapping[str, float | Tensor]]:
         batch = material.draw(config.seed, "consistency", step, stage.batch_size, rows, span)
         at = (batch.place * config.solver_steps).long()
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.autocast_bf16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.autocast_bf16, cache_enabled=False):
             tutor = (
-                guided_teacher(source, batch, material.empty) if config.has_guidance else plain(source, batch, False)
+                guided_teacher(tutor_unet, batch, material.empty)
+                if config.has_guidance
+                else plain(tutor_unet, batch, False)
             )
             each = consistency_loss(
-                plain(student.unet, batch, config.has_guidance), plain(student.target, batch, config.has_guidance),
+                plain(learner, batch, config.has_guidance), plain(target, batch, config.has_guidance),
                 tutor, batch.latent, batch.noise, grid[at], grid[at + 1], levels, config.huber_c,
             )  # fmt: skip
         return each.mean(), {}

@@ -234,7 +234,7 @@ def train_decoder(
 
     def decode(step: int, rows: slice) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """(images, the teacher's decodes, the student's, the loss of a small encoder)."""
-        image = to_tensor(batch(step)[rows]).to(team.device)
+        image = to_tensor(batch(step)[rows], team.device)
         shape = (
             stage.batch_size,
             model["latent_channels"],

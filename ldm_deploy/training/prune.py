@@ -7,8 +7,7 @@ task, the teacher's output and the teacher's features. Which blocks go is measur
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from ldm_deploy.errors import TrainingError
 from ldm_deploy.models.unet import UNet
 from ldm_deploy.training.conditioning import Conditioning
 from ldm_deploy.training.diffusion import encode_images
+from ldm_deploy.training.graphs import Replayed
 from ldm_deploy.training.loop import device_rng, run_stage
 from ldm_deploy.training.processes import processes
 from ldm_deploy.training.prune_choice import Choice, choose, last_of_levels, trajectory_points, without
@@ -113,7 +113,8 @@ def decide(
     if not file.exists() and team.first:
         device = team.device
         unet = teacher.unet.to(device)
-        choice = choose(unet, tuple(value.to(device) for value in points), config.speedup, config.cost)
+        choice = choose(unet, tuple(value.to(device) for value in points), config.speedup, config.cost,
+                        keep=config.keep)  # fmt: skip
         unet.cpu()
         atomic_write_json(file, {"fingerprint": fingerprint, **choice.to_dict()})
     elif not resume and team.first:
@@ -134,33 +135,39 @@ def decide(
     return choice
 
 
-@contextmanager
-def listening(unet: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Inside, the outputs of these parts of the last pass, by name."""
-    heard: dict[str, Tensor] = {}
+class Heard(nn.Module):
+    """A U-Net that also says what parts of it said: inputs -> (prediction, output of each of `names`)."""
 
-    def keep(name: str) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            heard[name] = output
+    def __init__(self, unet: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        self.unet, self.names = unet, tuple(names)
 
-        return hook
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        heard: dict[str, Tensor] = {}
 
-    handles = [unet.get_submodule(name).register_forward_hook(keep(name)) for name in names]
-    try:
-        yield heard
-    finally:
-        for handle in handles:
-            handle.remove()
+        def keep(name: str) -> Any:
+            def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+                heard[name] = output
+
+            return hook
+
+        handles = [self.unet.get_submodule(name).register_forward_hook(keep(name)) for name in self.names]
+        try:
+            prediction = self.unet(*inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return (prediction, *(heard[name] for name in self.names))
 
 
-def feature_loss(features: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> Tensor:
+def feature_loss(features: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
     """Squared difference of each feature map, in units of the teacher's mean square, averaged over the maps: a scalar.
 
     Kim et al. 2023, eq. 3, where the maps of one U-Net are summed as they are.
     """
     losses = [
-        (features[name].float() - value.float()).square().mean() / value.float().square().mean().clamp_min(1e-12)
-        for name, value in wanted.items()
+        (feature.float() - value.float()).square().mean() / value.float().square().mean().clamp_min(1e-12)
+        for feature, value in zip(features, wanted, strict=True)
     ]
     return torch.stack(losses).mean()
 
@@ -201,6 +208,8 @@ def train_pruned(
     text_encoder = teacher.text_encoder.to(device)
     student = without(teacher.unet, *(removal.name for removal in choice.removals)).requires_grad_(True)
     names = last_of_levels(student)
+    same_shapes = stage.accumulation == 1 and not stage.gradient_checkpointing
+    tutor, learner = (Replayed(Heard(unet, names), enabled=same_shapes) for unet in (whole, student))
 
     def loss(step: int, rows: slice) -> tuple[Tensor, Mapping[str, Tensor]]:
         numbers = device_rng(config.seed, "prune", step, device)
@@ -220,12 +229,12 @@ def train_pruned(
         # A student that is told the guidance never sees an empty caption.
         captions = input_ids[chosen] if span else torch.where(dropped[:, None], empty[None], input_ids[chosen])
         guidance = (span[0] + (span[1] - span[0]) * told,) if span else ()
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.autocast_bf16):
-            with torch.no_grad(), listening(whole, names) as wanted_features:
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.autocast_bf16, cache_enabled=False):
+            with torch.no_grad():
                 inputs = (sample, timestep, text_encoder(captions), *guidance)
-                wanted = whole(*inputs).float()
-            with listening(student, names) as features:
-                prediction = student(*inputs).float()
+                wanted, *wanted_features = tutor(*inputs)
+            prediction, *features = learner(*inputs)
+        wanted, prediction = wanted.float(), prediction.float()
         target = {"epsilon": noise, "sample": latent, "v_prediction": signal * noise - spread * latent}[kind]
         terms = {
             "task": (task_weight, (prediction - target).square().mean()),

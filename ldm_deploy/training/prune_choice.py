@@ -133,18 +133,24 @@ def choose(
     wanted_speedup: float,
     cost: str,
     measure: Callable[[Mapping[str, nn.Module], Inputs, str], Mapping[str, float]] = costs,
+    *,
+    keep: Sequence[str] = (),
 ) -> Choice:
-    """Remove parts until the U-Net is `wanted_speedup` times as fast. `measure`: what modules cost, by name.
+    """Remove parts, none of `keep`, until the U-Net is `wanted_speedup` times as fast. `measure`: what modules cost, by
+    name.
 
-    Raises `TrainingError` if it never is, with all that helps removed.
+    Raises `TrainingError` if it never is, with all that helps removed, and for a name in `keep` that no part has.
     """
+    unknown = [name for name in keep if name not in (*unet.removable(), *unet.removed)]
+    if unknown:
+        raise TrainingError(f"keep has {unknown[0]!r}, which no part is called; parts: {', '.join(unet.removable())}")
     with torch.no_grad():
         wanted = unet(*inputs)
     removals: list[Removal] = []
     left, error = unet, 0.0
     with task("choosing what to remove", len(unet.removable())) as advance:
         while True:
-            candidates = {name: without(left, name) for name in left.removable()}
+            candidates = {name: without(left, name) for name in left.removable() if name not in keep}
             # What a part saves depends on what else is gone, and on the minute: measured again, side by side.
             found = measure({"whole": unet, "left": left, **candidates}, inputs, cost)
             saved = {name: found["left"] - found[name] for name in candidates if found[name] < found["left"]}
@@ -152,7 +158,7 @@ def choose(
                 reached = found["whole"] / found["left"]
                 raise TrainingError(
                     f"with everything removed that costs time the U-Net is {reached:.2f} times as fast, and speedup is "
-                    f"{wanted_speedup:g}; lower speedup"
+                    f"{wanted_speedup:g}; lower speedup" + (f", or keep less than {', '.join(keep)}" if keep else "")
                 )
             errors = {name: prediction_error(candidates[name], inputs, wanted) for name in saved}
             # Quality per time won; of parts whose loss is nothing, the one that wins most.

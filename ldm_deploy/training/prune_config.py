@@ -25,6 +25,8 @@ class PruneConfig:
     cost: str = (
         "milliseconds"  # measured on this machine in torch, block off against on; or "flops", which any can count
     )
+    # Never removed. What a U-Net remembers lies in its innermost level; the error of the prediction does not see it go.
+    keep: tuple[str, ...] = ("innermost",)
     points: int = 64  # of sampling trajectories, on which the error of what is left is measured
     task_weight: float = 1.0
     output_weight: float = 1.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,7 +94,7 @@ def make_material(teacher: Reference, images: ImageSet, input_ids: np.ndarray, e
     return Material(scale * mean, scale * std, context, empty)
 
 
-def guided_teacher(unet: nn.Module, batch: Batch, empty: Tensor) -> Predict:
+def guided_teacher(unet: Callable[..., Tensor], batch: Batch, empty: Tensor) -> Predict:
     """The teacher's prediction with guidance: both halves go through it at once, the one without a caption first."""
     context = torch.cat([empty.expand_as(batch.context), batch.context])
 
@@ -106,7 +106,7 @@ def guided_teacher(unet: nn.Module, batch: Batch, empty: Tensor) -> Predict:
     return predict
 
 
-def plain(unet: nn.Module, batch: Batch, with_guidance: bool) -> Predict:
+def plain(unet: Callable[..., Tensor], batch: Batch, with_guidance: bool) -> Predict:
     """One evaluation: of a student, told the guidance, or of a teacher without any."""
     told = (batch.guidance,) if with_guidance else ()
     return lambda sample, timestep: unet(sample, timestep, batch.context, *told).float()

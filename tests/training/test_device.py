@@ -20,6 +20,7 @@ from ldm_deploy.training import (
     distill_consistency,
     distill_decoder,
     distill_progressive,
+    graphs,
     prune,
     student,
 )
@@ -52,6 +53,7 @@ def gpu(monkeypatch):
         monkeypatch.setattr(module, "processes", lambda: CUDA)
     for module in (student, distill_decoder, prune):
         monkeypatch.setattr(module, "device_rng", lambda *rest: None)  # no generator of a GPU that is not there
+    monkeypatch.setattr(graphs, "capture", lambda module, inputs: module)
     with FakeTensorMode():
         yield
 

@@ -13,7 +13,7 @@ from ldm_deploy.errors import ConfigError, DataError, TrainingError
 from ldm_deploy.models.reference import load_reference
 from ldm_deploy.models.torch_engine import torch_pipeline
 from ldm_deploy.training import prune as module
-from ldm_deploy.training.prune import feature_loss, listening, prune
+from ldm_deploy.training.prune import Heard, feature_loss, prune
 from ldm_deploy.training.prune_choice import (
     choose,
     costs,
@@ -113,6 +113,18 @@ def test_a_speed_that_cannot_be_had_is_refused_with_what_can(teacher, points):
         choose(teacher.unet, points, 1e6, "flops")
 
 
+def test_what_is_to_be_kept_stays_and_must_be_there(teacher, points):
+    first = choose(teacher.unet, points, 1.05, "flops").removals[0].name
+    kept = choose(teacher.unet, points, 1.05, "flops", keep=[first])
+    assert first not in [removal.name for removal in kept.removals]
+    everything = teacher.unet.removable()
+    with pytest.raises(TrainingError, match=r"is 1\.00 times as fast, .*speedup, or keep less than down\.0\.block, "):
+        choose(teacher.unet, points, 1.05, "flops", keep=everything)
+    with pytest.raises(TrainingError, match=r"keep has 'up\.9\.block', which no part is called; parts: down\.0"):
+        choose(teacher.unet, points, 1.05, "flops", keep=["up.9.block"])
+    assert TINY.keep == ("innermost",)
+
+
 def test_every_module_has_its_turn_in_every_round():
     turns = []
 
@@ -137,16 +149,14 @@ def test_features_are_compared_where_levels_end(teacher):
 
 
 def test_the_feature_loss_by_hand(teacher, points):
-    wanted = {"a": torch.full((2, 3), 2.0), "b": torch.full((4,), 0.5)}
+    wanted = [torch.full((2, 3), 2.0), torch.full((4,), 0.5)]
     assert feature_loss(wanted, wanted).item() == 0
-    assert feature_loss({"a": wanted["a"] + 1, "b": 0 * wanted["b"]}, wanted).item() == pytest.approx((0.25 + 1) / 2)
-    names = last_of_levels(teacher.unet)
-    with torch.no_grad(), listening(teacher.unet, names) as heard:
-        teacher.unet(*points)
-    assert list(heard) == names
-    before = dict(heard)
-    teacher.unet(*points)
-    assert all(heard[name] is before[name] for name in names)  # nobody listens any more
+    assert feature_loss([wanted[0] + 1, 0 * wanted[1]], wanted).item() == pytest.approx((0.25 + 1) / 2)
+    with torch.no_grad():
+        prediction, *features = Heard(teacher.unet, last_of_levels(teacher.unet))(*points)
+        assert torch.equal(prediction, teacher.unet(*points))
+        assert torch.equal(prediction, teacher.unet.out(features[-1]))  # the last of the uppermost level
+    assert not any(module._forward_hooks for module in teacher.unet.modules())  # nobody listens any more
 
 
 def test_only_the_unet_is_new_and_it_draws(make_teacher, tmp_path):
