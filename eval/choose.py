@@ -132,6 +132,8 @@ def choose(rows: Sequence[Row], baseline: Row) -> tuple[str | None, str]:
     )
     compared = [entry for entry in (best["speedup"], *best["comparisons"]) if entry is not None]
     for entry in compared:
+        if entry["versus"] == best["name"]:
+            continue  # a single component's fp32 engine is the baseline itself
         text += f"; against {entry['versus']} it has {times(entry)}"
     return best["name"], f"{text}.{others}"
 

@@ -36,14 +36,15 @@ Record = dict[str, Any]
 class Evaluation(dict[str, Any]):
     """The content of report.json. What else report.html shows stays beside it.
 
-    `images[name]` uint8 (n, H, W, 3) in the order of `grid`; `studies`: see `studies.read_studies`.
+    `images[name]` uint8 (n, H, W, 3) in the order of `grid`, which is None where nothing is drawn; `studies`: see
+    `studies.read_studies`.
     """
 
     def __init__(
         self,
         content: Mapping[str, Any],
         images: Mapping[str, np.ndarray],
-        grid: Grid,
+        grid: Grid | None,
         studies: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(content)
@@ -66,7 +67,8 @@ def evaluate_bundle(
     images: Path | str | None = None,
     against: Stored | None = None,
 ) -> Evaluation:
-    """Measure and judge every variant of a bundle directory; returns the content of report.json.
+    """Measure and judge every variant of a bundle directory; returns the content of report.json. A bundle of one
+    component is judged as in `single.py`.
 
     `reference`: the directory of the fp32 model (the shipped one if it is the bundle's parent and none is given).
     `seed` decides the order of the rounds and the bootstrap, not the images. `steps` overrides what the variants ask.
@@ -80,7 +82,14 @@ def evaluate_bundle(
     started = datetime.now(UTC)
     data = read_bundle(bundle).data
     if data["model"] is None:
-        raise EvaluationError(f"bundle {bundle} holds single components and draws nothing; export a whole model")
+        if any(given is not None for given in (reference, images, against)):
+            raise EvaluationError(
+                f"bundle {bundle} holds a component and draws nothing; --reference, --data and --against are for a "
+                "whole model: leave them out"
+            )
+        from ldm_deploy.eval.single import evaluate_single
+
+        return evaluate_single(bundle, budget=budget, threads=threads, seed=seed, timeout_s=timeout_s)
     studies = read_studies(bundle)
     grid = load_grid(prompts or data["model"].get("prompts", {}).get("report"), seeds)
     threads = threads or usable_threads()

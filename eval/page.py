@@ -151,6 +151,7 @@ def data_uri(image: np.ndarray) -> str:
 def quality_charts(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A chart of quality against latency for PSNR and LPIPS, with a legend of its points; none without figures."""
     charts = []
+    latency = table(result)[0][1]
     for name, gate_name in (("psnr_db", "psnr_db_min"), ("lpips", "lpips_max")):
         rows = [row for row in result["variants"] if row["latency_ms"] and _mean(row, name) is not None]
         if not rows:
@@ -168,6 +169,7 @@ def quality_charts(result: Mapping[str, Any]) -> list[dict[str, Any]]:
                     more=more,
                     limit=limits.pop() if len(limits) == 1 else None,
                     baseline_ms=baseline["median"] if baseline else None,
+                    latency=latency,
                 ),
                 "points": [
                     {

@@ -109,10 +109,15 @@ def to_markdown(result: Mapping[str, Any]) -> str:
             value = format_gate_value(gate)
             lines.append(_row([row["name"], name, gate["limit_text"], value, gate["result"], gate["reason"]]))
     machine, protocol = result["machine"], result["protocol"]
+    drawn = (
+        f"{protocol['component']} alone, batch {protocol['batch']}, {protocol['probes']} recorded inputs, "
+        if "component" in protocol
+        else f"{protocol['sampler']}, {protocol['steps']} steps, guidance {protocol['guidance_scale']}, "
+        f"{len(protocol['prompts'])} prompts x {len(protocol['seeds'])} seeds, "
+    )
     lines += [
         "",
-        f"{machine['cpu']}, {protocol['threads']} threads, {protocol['sampler']}, {protocol['steps']} steps, guidance "
-        f"{protocol['guidance_scale']}, {len(protocol['prompts'])} prompts x {len(protocol['seeds'])} seeds, "
+        f"{machine['cpu']}, {protocol['threads']} threads, {drawn}"
         + ", ".join(f"{name} {version}" for name, version in machine["versions"].items()),
     ]
     return "\n".join(lines) + "\n"

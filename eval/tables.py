@@ -77,7 +77,8 @@ def _number(value: Any, digits: int) -> str:
 
 def table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """(heads, rows) of the summary: the baseline, then every variant. What was not measured is a dash."""
-    heads = ["variant", "ms per image", "speed-up", "PSNR dB", "SSIM", "LPIPS", "memory", "size", "result"]
+    unit = "call" if "component" in result["protocol"] else "image"
+    heads = ["variant", f"ms per {unit}", "speed-up", "PSNR dB", "SSIM", "LPIPS", "memory", "size", "result"]
     baseline = result["baseline"]
     rows = [
         [
