@@ -48,7 +48,7 @@ def spare(
     count = fewest(int(MOST * len(names)), lambda count: build(ranked[:count], MARGIN * limit)[1].passed)
     if count is None:
         for file in kit.files(path):
-            file.unlink()
+            file.unlink(missing_ok=True)  # none was built where too few layers may be spared
         return None
     return build(ranked[:count], limit)
 

@@ -144,7 +144,7 @@ def test_optimize_hands_on_the_gates_exit_code(ldm_deploy_cli: Cli, stage: Any, 
     done = ldm_deploy_cli("optimize", "reference", "--out", "b", "--seed", 3, "--threads", 1, "--json", result)
     assert done.code == code
     assert json.loads(result.read_text()) == {"chosen": "x"}
-    arguments = {"targets": ["onnxruntime-cpu"], "budget": None, "builds": 0, "seed": 3, "threads": 1}
+    arguments = {"targets": ["onnxruntime-cpu"], "budget": None, "builds": 0, "ray": None, "seed": 3, "threads": 1}
     optimize.assert_called_once_with("reference", Path("b"), **arguments)
 
 

@@ -15,6 +15,7 @@ from ldm_deploy.eval.parity import Probe
 from ldm_deploy.onnx_graph import load_model
 from ldm_deploy.quantize.calibration import Samples
 from ldm_deploy.quantize.candidates import Candidate, _best
+from ldm_deploy.quantize.kit import LayerInfo
 from ldm_deploy.quantize.onnxruntime_cpu import RECIPES, OnnxRuntimeKit
 from ldm_deploy.quantize.qdq import select_nodes
 from ldm_deploy.quantize.sizes import size_limit
@@ -80,6 +81,20 @@ def test_the_planted_node_is_spared_and_no_other(graph: Path, tmp_path: Path) ->
 def test_a_limit_that_cannot_be_kept_leaves_no_file(graph: Path, tmp_path: Path) -> None:
     assert run(graph, tmp_path, 1e-6) is None
     assert not (tmp_path / "out.onnx").exists()
+
+
+def test_too_few_layers_to_spare_one_and_nothing_built(tmp_path: Path) -> None:
+    """Their errors are known from the recipe before, and a quarter of three layers is none."""
+
+    class Kit:
+        def layers(self, recipe: object) -> list[LayerInfo]:
+            return [LayerInfo(name, "Conv") for name in "abc"]
+
+        def files(self, path: Path) -> list[Path]:
+            return [path, path.with_suffix(".bin")]
+
+    known = {"a": 1.0, "b": 2.0, "c": 3.0}
+    assert spare(Kit(), tmp_path / "out.xml", RECIPES["conv"], [], 0.1, known) is None  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("least", [1, 2, 5, 9, 10])
