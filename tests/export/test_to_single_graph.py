@@ -109,7 +109,10 @@ def test_weights_are_stored_once(exported: Path, reference: Path) -> None:
     assert stored < 1.05 * sum(value.numel() for owner in owners for value in owner.parameters())  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("wrong", ["empty_ids", "scale_factor", "steps"])
+@pytest.mark.parametrize(
+    "wrong",
+    [*(pytest.param(wrong, marks=pytest.mark.slow) for wrong in ("empty_ids", "scale_factor")), "steps"],
+)
 def test_a_graph_that_draws_something_else_is_not_accepted(
     reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str
 ) -> None:
