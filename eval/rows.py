@@ -56,7 +56,7 @@ def variant_row(bundle: Mapping[str, Any], root: Path, variant: Mapping[str, Any
     row = empty_row(name, main["runtime"], main["device"], coarsest([engine["precision"] for engine in own]))
     row |= {key: variant.get(key) for key in ("sampler", "steps", "guidance_scale")}
     row["size_bytes"] = size_bytes(files)
-    row["components"] = [_component(engine, bundle, found, seed) for engine in own]
+    row["components"] = [component_row(engine, bundle, found, seed) for engine in own]
     if name in found.failed:
         return row | {"status": "failed", "reason": found.failed[name]}
     row |= {
@@ -119,7 +119,8 @@ def coarsest(precisions: Sequence[str]) -> str:
     )
 
 
-def _component(engine: Mapping[str, Any], bundle: Mapping[str, Any], found: Measured, seed: int) -> Row:
+def component_row(engine: Mapping[str, Any], bundle: Mapping[str, Any], found: Measured, seed: int) -> Row:
+    """An engine's entry in `components`, compared with its fp32 sibling. `bundle`: the content of bundle.json."""
     samples = found.component_ms.get(engine["component"], {})
     own = samples.get(engine["id"])
     versus, other = _sibling(engine, bundle, samples)

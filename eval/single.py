@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,20 +19,22 @@ from ldm_deploy.errors import EngineError, EvaluationError
 from ldm_deploy.eval.budget import Budget, Limits, load_budget
 from ldm_deploy.eval.choose import choose, judge_variant
 from ldm_deploy.eval.compare import Evaluation
-from ldm_deploy.eval.latency import Worker, start_all, summary
+from ldm_deploy.eval.latency import Worker, WorkerError, start_all, summary
 from ldm_deploy.eval.machine import conditions, machine, usable_threads
 from ldm_deploy.eval.measure import Measured, component_feeds
-from ldm_deploy.eval.metrics import bootstrap_ci
+from ldm_deploy.eval.metrics import bootstrap_ci, psnr_db_of
 from ldm_deploy.eval.parity import Probe, Runnable, read_probes
 from ldm_deploy.eval.quality import nothing_measured
-from ldm_deploy.eval.rows import add_comparisons, add_refused, empty_row
+from ldm_deploy.eval.rows import add_comparisons, add_refused, component_row, empty_row
 from ldm_deploy.eval.speedup import speedup
 from ldm_deploy.eval.stands import time_component
 from ldm_deploy.eval.studies import read_studies
 from ldm_deploy.progress import task
 
+if TYPE_CHECKING:
+    from ldm_deploy.runtime.bundle import Bundle
+
 APPLY = ("psnr_db_min", "worst_psnr_db_min", "speedup_min", "peak_memory_max", "size_max")
-MOST_DB = 100.0  # of equal outputs, as of equal images
 PROTOCOL = {
     "latency": "one worker process per engine, one active at a time, spinning off; calls with the first probe, in "
     "random order",
@@ -63,7 +65,8 @@ def evaluate_single(
     from ldm_deploy.runtime.bundle import read_bundle
 
     started = datetime.now(UTC)
-    data = read_bundle(bundle).data
+    opened = read_bundle(bundle)
+    data = opened.data
     engines = {f"{one['precision']}-{one['runtime']}-{one['device']}": one for one in data["engines"]}
     components = sorted({engine["component"] for engine in data["engines"]})
     if len(components) != 1:
@@ -95,7 +98,7 @@ def evaluate_single(
         "stored_bytes": None,
         "components": [],
     }
-    rows = [_row(name, engine, bundle, found, first, probes, threads, seed) for name, engine in engines.items()]
+    rows = [_row(name, engine, opened, found, first, probes, threads, seed) for name, engine in engines.items()]
     for row in rows:
         add_comparisons(row, rows, found, seed)
     rows = add_refused(rows, data.get("refused", []))
@@ -167,6 +170,12 @@ def measure_engines(
         ready = {worker.name: worker for worker in workers if worker.name not in found.failed}
         found.processors = next((worker.processors for worker in ready.values() if worker.processors), [])
         found.load_ms = {name: worker.load_ms for name, worker in ready.items()}
+        for name, worker in list(ready.items()):
+            try:
+                worker.run(worker.put(feeds), component=component)
+            except WorkerError as error:
+                found.failed[name] = str(error)
+                del ready[name]
         with task(f"timing {component}", 1) as advance:
             found.latency_ms = time_component(component, feeds, ready, seed=seed)
             advance()
@@ -174,10 +183,9 @@ def measure_engines(
             memory = ready[name].memory()
             found.memory_bytes[name] = memory.pop("peak_bytes")
             found.memory[name] = memory
-            found.clock[name] = ready[name].clock
-        for name in ready:
-            if name not in found.latency_ms:
-                found.failed[name] = "it cannot be run on the first probe"
+        timed = {engines[name]["id"]: name for name in found.latency_ms}
+        found.component_ms = {component: {key: found.latency_ms[name] for key, name in timed.items()}}
+        found.clock = {key: ready[name].clock for key, name in timed.items()}
     finally:
         for worker in workers:
             worker.stop()
@@ -185,76 +193,57 @@ def measure_engines(
 
 
 def output_psnr_db(engine: Runnable, probes: Sequence[Probe]) -> np.ndarray:
-    """Of each probe in dB: the reference's range over the root mean square error; of several outputs, the worst's."""
+    """Of each probe in dB: the reference's range over the root mean square error; of several outputs, the worst's.
+
+    float64 (probes,). Equal outputs count as `IDENTICAL_DB`; what is not finite stays so. A reference that is the same
+    everywhere has its absolute value as range.
+    """
     values = []
     for probe in probes:
         outputs = engine.run(probe.inputs)
         each = []
         for name, wanted in probe.outputs.items():
-            error = float(np.sqrt(np.mean(np.square(np.float64(outputs[name]) - np.float64(wanted)))))
-            span = float(np.ptp(wanted)) or float(np.abs(wanted).max())
-            each.append(20 * np.log10(span / error) if error and span else MOST_DB if not error else -np.inf)
-        values.append(min(*each, MOST_DB))
+            error = float(np.mean(np.square(np.float64(outputs[name]) - np.float64(wanted))))
+            each.append(float(psnr_db_of(error, peak=float(np.ptp(wanted)) or float(np.abs(wanted).max()))))
+        values.append(np.min(each))
     return np.array(values)
 
 
 def _row(
-    name: str,
-    engine: Mapping[str, Any],
-    bundle: Path,
-    found: Measured,
-    first: str,
-    probes: Sequence[Probe],
-    threads: int,
-    seed: int,
-) -> Row:
-    from ldm_deploy.runtime.bundle import read_bundle
+    name: str, engine: Mapping[str, Any], bundle: Bundle, found: Measured, first: str, probes: Sequence[Probe],
+    threads: int, seed: int,
+) -> Row:  # fmt: skip
     from ldm_deploy.runtime.engines import open_engine
 
     row = empty_row(name, engine["runtime"], engine["device"], engine["precision"])
-    row |= {"size_bytes": engine["size_bytes"], "quality": nothing_measured("a component draws no images", None)}
-    samples = found.latency_ms.get(name)
-    ratio = None
-    if samples is None:
-        row |= {"status": "failed", "reason": found.failed.get(name, "it was not timed")}
-    else:
-        if first in found.latency_ms:
-            ratio = speedup(found.latency_ms[first], samples, first, seed=seed)
-        row |= {
-            "latency_ms": summary(samples),
-            "load_ms": found.load_ms[name],
-            "speedup": ratio,
-            "peak_memory_bytes": found.memory_bytes[name],
-            "memory": found.memory[name],
-        }
-        try:
-            opened = read_bundle(bundle)
-            values = output_psnr_db(open_engine(opened.engines[engine["id"]], opened.root, threads=threads), probes)
-        except EngineError as error:
-            row |= {"status": "failed", "reason": str(error)}
-        else:
-            interval = bootstrap_ci(values, np.mean, seed=seed)
-            row["quality"]["psnr_db"] = {
-                "mean": float(values.mean()),
-                "worst": float(values.min()),
-                "ci95": list(interval) if interval else None,
-                "n": len(values),
-                "reason": None,
-                "of": "outputs on the probes, peak: their range",
-            }
-    row["components"] = [
-        {
-            "name": engine["component"],
-            "engine": engine["id"],
-            "precision": engine["precision"],
-            "precision_found": engine.get("precision_found"),
-            "size_bytes": engine["size_bytes"],
-            "parity": engine.get("parity"),
-            "latency_ms": row["latency_ms"],
-            "clock": found.clock.get(name),
-            "throughput": [],
-            "speedup": None if name == first else ratio,
-            "costly_ops": None,
-        }
-    ]
+    row |= {
+        "size_bytes": engine["size_bytes"],
+        "quality": nothing_measured("a component draws no images", None),
+        "components": [component_row(engine, bundle.data, found, seed)],
+    }
+    if name not in found.latency_ms:
+        return row | {"status": "failed", "reason": found.failed.get(name, "it was not timed")}
+    row |= {
+        "latency_ms": summary(found.latency_ms[name]),
+        "load_ms": found.load_ms[name],
+        "peak_memory_bytes": found.memory_bytes[name],
+        "memory": found.memory[name],
+    }
+    if first in found.latency_ms:
+        row["speedup"] = speedup(found.latency_ms[first], found.latency_ms[name], first, seed=seed)
+    try:
+        values = output_psnr_db(open_engine(bundle.engines[engine["id"]], bundle.root, threads=threads), probes)
+    except EngineError as error:
+        return row | {"status": "failed", "reason": str(error)}
+    if not np.isfinite(values).all():
+        return row | {"status": "failed", "reason": f"{name} gives what is not finite on a recorded input"}
+    interval = bootstrap_ci(values, np.mean, seed=seed)
+    row["quality"]["psnr_db"] = {
+        "mean": float(values.mean()),
+        "worst": float(values.min()),
+        "ci95": list(interval) if interval else None,
+        "n": len(values),
+        "reason": None,
+        "of": "outputs on the probes, peak: their range",
+    }
     return row

@@ -14,6 +14,7 @@ import pytest
 from onnx import numpy_helper
 
 from ldm_deploy.errors import EvaluationError
+from ldm_deploy.eval import single
 from ldm_deploy.eval.compare import evaluate_bundle
 from ldm_deploy.eval.parity import Probe
 from ldm_deploy.eval.report import exit_code, schema, write_report
@@ -104,6 +105,22 @@ def test_an_engine_that_cannot_be_opened_is_a_row(directory: Path) -> None:
     assert row["status"] == "failed"
     assert "int8" in row["reason"]
     assert report["chosen"] == "fp32-onnxruntime-cpu"
+
+
+def test_an_engine_that_gives_nan_is_a_row_that_failed(directory: Path) -> None:
+    add_engine(directory, "w8", np.nan)
+    report = evaluate_single(directory, threads=1)
+    row = report["variants"][2]
+    assert (row["status"], row["quality"]["psnr_db"]["mean"]) == ("failed", None)
+    assert "NaN" in row["reason"]
+    assert report["chosen"] not in (None, "w8-onnxruntime-cpu")
+
+
+def test_nan_on_another_input_than_the_timed_one_is_seen(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(single, "output_psnr_db", lambda *rest: np.array([50.0, np.nan]))
+    row = evaluate_single(directory, threads=1)["variants"][1]
+    assert row["status"] == "failed"
+    assert row["reason"] == "int8-onnxruntime-cpu gives what is not finite on a recorded input"
 
 
 def test_psnr_of_outputs_by_hand() -> None:
