@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import zipfile
+import os
+import shutil
+import subprocess
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +15,7 @@ from torch import nn
 from ldm_deploy.errors import ExportError
 from ldm_deploy.export.graph import root_cause
 from ldm_deploy.export.program import count_precisions, to_program
+from ldm_deploy.progress import note
 
 if TYPE_CHECKING:
     from ldm_deploy.eval.parity import Arrays
@@ -30,30 +34,47 @@ def to_aoti(
     from ldm_deploy.runtime.engine_torch import torch_properties
 
     made_for = torch_properties(device)
+    compiler = find_compiler(component)
     program = to_program(module, inputs, axes, device=device, component=component)
     allowed = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
-        torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+        with torch._inductor.config.patch({"cpp.cxx": (None, compiler)}):
+            torch._inductor.aoti_compile_and_package(program, package_path=str(path))
     except Exception as error:
         raise ExportError(f"{component}: AOTInductor compiled nothing: {root_cause(error)}") from error
     finally:
         torch.backends.cuda.matmul.allow_tf32 = allowed
-    check_standard_library(path, component)
     return {"precision_found": count_precisions(program), "built_for": made_for}
 
 
-def check_standard_library(path: Path, component: str) -> None:
-    """Raises `ExportError` for a package whose code has a C++ standard library of its own in it.
+def find_compiler(component: str) -> str:
+    """The C++ compiler that CXX names, or else one in PATH, that links its standard library as a shared one.
 
-    torch has loaded another one by then; with two, the package ends the process that loads it. Compilers link it in
-    where they find libstdc++.a and no libstdc++.so.
+    Compilers that come without libstdc++.so link libstdc++.a into what they make. torch has loaded another standard
+    library by then; with two, a package ends the process that loads it. Raises `ExportError` if there is none.
     """
-    with zipfile.ZipFile(path) as package:
-        for name in package.namelist():
-            if name.endswith(".so") and b"libstdc++.so" not in package.read(name):
-                raise ExportError(
-                    f"{component}: the C++ compiler linked its standard library into the package, which would end the "
-                    "process that loads it; put a link libstdc++.so to libstdc++.so.6 beside the file that "
-                    "`g++ -print-file-name=libstdc++.a` names, or name another compiler in CXX"
-                )
+    named = os.environ.get("CXX")
+    found = [shutil.which(name) for name in (*([named] if named else []), "g++", "c++", "clang++")]
+    compilers = list(dict.fromkeys(path for path in found if path))
+    refused = [compiler for compiler in compilers if not shares_standard_library(compiler)]
+    for compiler in compilers:
+        if compiler not in refused:
+            if refused:
+                note(f"{component}: {refused[0]} links its standard library into packages; {compiler} is taken instead")
+            return compiler
+    tried = ", ".join(compilers) or "g++, c++ and clang++, none of which is here"
+    raise ExportError(
+        f"{component}: AOTInductor needs a C++ compiler that links libstdc++.so; tried: {tried}; "
+        "install g++, or name one in CXX"
+    )
+
+
+def shares_standard_library(compiler: str) -> bool:
+    """Whether a library that `compiler` makes leaves the standard library out."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = Path(folder, "code.cpp"), Path(folder, "code.so")
+        source.write_text("#include <iostream>\nvoid speak() { std::cout << 1; }\n", encoding="utf-8")
+        command = [compiler, "-shared", "-fPIC", str(source), "-o", str(library)]
+        made = subprocess.run(command, capture_output=True, check=False)
+        return made.returncode == 0 and b"libstdc++.so" in library.read_bytes()

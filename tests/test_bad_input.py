@@ -107,7 +107,7 @@ def test_unknown_preset(ldm_deploy_cli: Cli, tmp_path: Path) -> None:
 
 def test_unknown_reference(ldm_deploy_cli: Cli, tmp_path: Path) -> None:
     done = ldm_deploy_cli("optimize", tmp_path / "none", "--out", tmp_path / "out")
-    check(done, 1, "is no model", "give 'reference' or 'few-steps' (the shipped ones), a directory")
+    check(done, 1, "is no model", "give 'reference', 'pruned' or 'few-steps' (the shipped ones), a directory")
 
 
 # Requests

@@ -136,8 +136,8 @@ def test_the_scoreboard_is_of_the_teacher_the_student_and_what_export_wrote(clon
     calls(clone)
     assert make(clone, "scoreboard", "DATA=emoji.zip").returncode == 0
     assert calls(clone)[-1] == (
-        "ldm-deploy eval reference --student build/reference --student few-steps --student build/few-steps"
-        " --data emoji.zip --out build/scoreboard"
+        "ldm-deploy eval reference --student build/reference --student pruned --student few-steps"
+        " --student build/few-steps --data emoji.zip --out build/scoreboard"
     )
 
 

@@ -41,7 +41,7 @@ class Source(Protocol):
         ...
 
 
-SHIPPED = ("reference", "few-steps")  # the second is a student of the first that draws in 1 to 8 steps
+SHIPPED = ("reference", "pruned", "few-steps")  # each made of the one before it; the last draws in 1 to 8 steps
 
 
 def resolve_source(source: str | Path) -> Path:
@@ -51,9 +51,9 @@ def resolve_source(source: str | Path) -> Path:
     path = Path(source)
     if not (path / "model.json").is_file() and not (path / INDEX).is_file():
         raise ArtifactError(
-            f"{str(source)!r} is no model: there is no {path / 'model.json'} and no {path / INDEX}; give 'reference' "
-            "or 'few-steps' (the shipped ones), a directory written by `ldm-deploy train`, or a checkpoint in the "
-            "layout of diffusers"
+            f"{str(source)!r} is no model: there is no {path / 'model.json'} and no {path / INDEX}; give 'reference', "
+            "'pruned' or 'few-steps' (the shipped ones), a directory written by `ldm-deploy train`, or a checkpoint in "
+            "the layout of diffusers"
         )
     return path
 

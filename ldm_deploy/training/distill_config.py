@@ -92,7 +92,7 @@ def _stage(steps: int, batch_size: int, learning_rate: float, **others: Any) -> 
 # al. 2023, arXiv:2311.05556.
 PRESETS: dict[str, StepsConfig] = {
     "cpu":      StepsConfig(_stage(10000,  32, 3.0e-4)),
-    "gpu":      StepsConfig(_stage( 2141, 256, 5.0e-4, checkpoint_every=700)),
+    "gpu":      StepsConfig(_stage(18300, 256, 5.0e-4, checkpoint_every=700)),
     "sd1":      StepsConfig(_stage(10000, 256, 2.0e-5, gradient_checkpointing=True, checkpoint_every=500)),
     "sd1-lora": StepsConfig(_stage( 5000, 256, 1.0e-4, gradient_checkpointing=True, checkpoint_every=500),
                             lora_rank=64),

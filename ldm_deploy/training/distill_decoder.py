@@ -23,8 +23,17 @@ from ldm_deploy.models.reference import Reference, load_reference
 from ldm_deploy.training.autoencoder import to_images, to_tensor
 from ldm_deploy.training.data import ImageSet, photograph_crops
 from ldm_deploy.training.decoder_config import DecoderConfig, load_decoder_config
+from ldm_deploy.training.diffusion import encode_images
+from ldm_deploy.training.graphs import Replayed
 from ldm_deploy.training.loop import Adversary, Measure, Preview, device_rng, rng, run_stage
-from ldm_deploy.training.losses import Perceptual, adaptive_weight, generator_loss, hinge_loss, reconstruction_loss
+from ldm_deploy.training.losses import (
+    Perceptual,
+    adaptive_weight,
+    generator_loss,
+    hinge_loss,
+    log_error,
+    reconstruction_loss,
+)
 from ldm_deploy.training.preview import reconstructions
 from ldm_deploy.training.processes import processes
 from ldm_deploy.training.teaching import (
@@ -178,10 +187,23 @@ def build_student(teacher: Autoencoder, described: Mapping[str, Any]) -> tuple[A
     return student, parts
 
 
-def imitation_loss(decoded: Tensor, wanted: Tensor, image: Tensor, image_weight: float) -> Tensor:
-    """Absolute plus squared error against the teacher's decode, and, weighed, against the image: a scalar."""
-    loss = reconstruction_loss(wanted, decoded)
-    return loss + image_weight * reconstruction_loss(image, decoded) if image_weight else loss
+def imitation_loss(decoded: Tensor, wanted: Tensor, image: Tensor, config: DecoderConfig) -> Tensor:
+    """Error against the teacher's decode and against the image, as `config` measures and weighs them: a scalar."""
+    error = {"l1+mse": reconstruction_loss, "log-mse": log_error}[config.error]
+    targets = ((config.teacher_weight, wanted), (config.image_weight, image))
+    return torch.stack([weight * error(target, decoded) for weight, target in targets if weight]).sum()
+
+
+class Judged(nn.Module):
+    """latent, wanted image -> (the student's image, its perceptual distance to the wanted one, 0 without a measure)."""
+
+    def __init__(self, student: Autoencoder, perceptual: Perceptual | None) -> None:
+        super().__init__()
+        self.student, self.perceptual = student, perceptual
+
+    def forward(self, latent: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        decoded = self.student.render(latent).float()
+        return decoded, decoded.new_zeros(()) if self.perceptual is None else self.perceptual(wanted, decoded)
 
 
 def moments_loss(student: Autoencoder, image: Tensor, mean: Tensor, std: Tensor, scale: float) -> Tensor:
@@ -217,49 +239,51 @@ def train_decoder(
     torch.manual_seed(config.seed)
     student, parts = build_student(teacher, model["autoencoder"])
     student.to(team.device).to(memory_format=torch.channels_last)
-    teacher.to(team.device).to(memory_format=torch.channels_last)
     crops = round(stage.batch_size * config.photo_fraction)
-    pools = [data.images]
+    pool = data.images
     if crops:
-        pools.append(photograph_crops(data.images.shape[1], CROPS, config.seed).images)
+        pool = np.concatenate([pool, photograph_crops(pool.shape[1], CROPS, config.seed).images])
+    pool = np.concatenate([pool, pool[:, :, ::-1]])  # and mirrored
+    means, stds = encode_images(teacher, pool)
+    teacher.to(team.device).to(memory_format=torch.channels_last)
 
     def batch(step: int) -> np.ndarray:
+        """Places in `pool`."""
         draw = rng(config.seed, "decoder", step)
-        counts = (stage.batch_size - crops, crops)
-        images = np.concatenate(
-            [pool[draw.integers(len(pool), size=count)] for pool, count in zip(pools, counts, strict=False)]
-        )
-        flipped = draw.random(len(images)) < 0.5
-        return np.where(flipped[:, None, None, None], images[:, :, ::-1], images)
+        given, count = len(data.images), len(pool) // 2
+        places = [draw.integers(given, size=stage.batch_size - crops)]
+        places += [draw.integers(given, count, size=crops)] if crops else []
+        return np.concatenate(places) + count * draw.integers(2, size=stage.batch_size)
 
-    def decode(step: int, rows: slice) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """(images, the teacher's decodes, the student's, the loss of a small encoder)."""
-        image = to_tensor(batch(step)[rows], team.device)
-        shape = (
-            stage.batch_size,
-            model["latent_channels"],
-            *(side // model["downsampling"] for side in image.shape[-2:]),
-        )
+    # An adversary asks for decodes of its own.
+    same_shapes = stage.accumulation == 1 and not config.gan_weight
+    judged = Replayed(Judged(student, perceptual if config.perceptual_weight else None), enabled=same_shapes)
+
+    def decode(step: int, rows: slice) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """(images, what the student should draw, what it draws, perceptual distances, the loss of a small encoder)."""
+        places = batch(step)[rows]
+        image = to_tensor(pool[places], team.device)
+        place = torch.from_numpy(places).to(means.device)
+        mean, std = means[place], stds[place]
+        shape = (stage.batch_size, *means.shape[1:])
         numbers = device_rng(config.seed, "latent", step, team.device)
         posterior, noise = (torch.randn(shape, generator=numbers, device=team.device)[rows] for _ in range(2))
         strength = torch.rand(shape[0], 1, 1, 1, generator=numbers, device=team.device)[rows]
-        with torch.autocast(team.device.type, torch.bfloat16, enabled=config.autocast_bf16):
+        noise = noise * strength * (config.latent_noise / scale)
+        with torch.autocast(team.device.type, torch.bfloat16, enabled=config.autocast_bf16, cache_enabled=False):
             with torch.no_grad():
-                mean, logvar = teacher.encode(image)
-                mean, std = mean.float(), torch.exp(0.5 * logvar.float())
-                noise = noise * strength * (config.latent_noise / scale)
                 latent = teacher.quantizer(mean + std * posterior + noise)
-                wanted = teacher.render(latent).float().clamp(-1, 1)
-            decoded = student.render(latent).float()
+                wanted = teacher.render(latent).float().clamp(-1, 1) if config.teacher_weight else image
+            decoded, distance = judged(latent.contiguous(memory_format=torch.channels_last), wanted)
             of_encoder = moments_loss(student, image, mean, std, scale) if config.encoder else None
-        return image, wanted, decoded, of_encoder
+        return image, wanted, decoded, distance, of_encoder
 
     def loss(step: int, rows: slice) -> tuple[Tensor, Mapping[str, Tensor]]:
-        image, wanted, decoded, of_encoder = decode(step, rows)
-        rebuilt = imitation_loss(decoded, wanted, image, config.image_weight)
+        image, wanted, decoded, distance, of_encoder = decode(step, rows)
+        rebuilt = imitation_loss(decoded, wanted, image, config)
         logged = {"imitation": rebuilt}
-        if config.perceptual_weight and perceptual is not None:
-            logged["perceptual"] = perceptual(wanted, decoded).mean()
+        if config.perceptual_weight:
+            logged["perceptual"] = distance.mean()
             rebuilt = rebuilt + config.perceptual_weight * logged["perceptual"]
         total = rebuilt
         if of_encoder is not None:
@@ -277,7 +301,7 @@ def train_decoder(
     def discriminate(step: int, rows: slice) -> tuple[Tensor, Mapping[str, Tensor]]:
         assert adversary is not None
         with torch.no_grad():
-            image, _, decoded, _ = decode(step, rows)
+            image, _, decoded, *_ = decode(step, rows)
         real, fake = adversary.module(image), adversary.module(decoded)
         return hinge_loss(real, fake), {"logits_real": real.mean().detach(), "logits_fake": fake.mean().detach()}
 

@@ -61,7 +61,7 @@ class PruneConfig:
 # (steps, batch, learning rate), as in `decoder_config`. "sd1" follows Kim et al. 2023, section 4.1.
 PRESETS: dict[str, PruneConfig] = {
     "cpu":  PruneConfig(StageConfig(10000,  32, 5.0e-4)),
-    "gpu":  PruneConfig(StageConfig( 5000, 256, 1.0e-3, checkpoint_every=500)),
+    "gpu":  PruneConfig(StageConfig( 5000, 256, 1.0e-3, checkpoint_every=500), speedup=1.8),
     "sd1":  PruneConfig(StageConfig(50000, 256, 5.0e-5, gradient_checkpointing=True, checkpoint_every=500)),
     "tiny": PruneConfig(StageConfig(    4,   2, 1.0e-3, checkpoint_every=2), cost="flops", points=8,
                         autocast_bf16=False),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from ldm_deploy.errors import EngineError, ExportError
 from ldm_deploy.eval.parity import compare_outputs
 from ldm_deploy.export.foreign import ModuleEngine, make_probes
-from ldm_deploy.export.to_aoti import check_standard_library, to_aoti
+from ldm_deploy.export.to_aoti import find_compiler, to_aoti
 from ldm_deploy.export.traced import Traced, read_module
 from ldm_deploy.runtime.engine_torch import TorchEngine, torch_properties
 from ldm_deploy.runtime.engines import OnnxRuntimeEngine
@@ -126,19 +125,35 @@ def test_what_cannot_be_traced_is_said(tmp_path: Path) -> None:
         )
 
 
-@pytest.mark.parametrize(("flag", "refused"), [("-shared", False), ("-static-libstdc++", True)])
-def test_a_package_with_a_standard_library_of_its_own_is_refused(tmp_path: Path, flag: str, refused: bool) -> None:
-    """As a compiler makes it that finds no libstdc++.so; loading it ends in a crash or `std::bad_cast`."""
-    source, library, package = tmp_path / "code.cpp", tmp_path / "code.so", tmp_path / "unet.pt2"
-    source.write_text("#include <iostream>\nvoid speak() { std::cout << 1; }\n", encoding="utf-8")
-    subprocess.run(["g++", "-shared", "-fPIC", flag, str(source), "-o", str(library)], check=True)
-    with zipfile.ZipFile(package, "w") as file:
-        file.write(library, "unet/data/code.wrapper.so")
-    if not refused:
-        check_standard_library(package, "unet")
-        return
-    with pytest.raises(ExportError, match=r"unet: the C\+\+ compiler linked its standard library .*put a link libstdc"):
-        check_standard_library(package, "unet")
+@pytest.fixture
+def static_compiler(tmp_path: Path) -> Path:
+    """As one that comes without libstdc++.so; what it makes crashes or throws `std::bad_cast` when it is loaded."""
+    compiler = tmp_path / "static-g++"
+    compiler.write_text(f'#!/bin/sh\nexec {shutil.which("g++")} -static-libstdc++ "$@"\n', encoding="utf-8")
+    compiler.chmod(0o755)
+    return compiler
+
+
+def test_a_compiler_with_a_standard_library_of_its_own_is_passed_over(
+    static_compiler: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CXX", str(static_compiler))
+    assert find_compiler("unet") == shutil.which("g++")
+    assert f"unet: {static_compiler} links its standard library into packages" in capfd.readouterr().err
+    monkeypatch.delenv("CXX")
+    assert find_compiler("unet") == shutil.which("g++")
+
+
+def test_without_a_compiler_that_will_do_nothing_is_built(
+    static_compiler: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CXX", str(static_compiler))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ExportError, match=r"unet: AOTInductor needs a C.* tried: .*static-g\+\+; install g"):
+        find_compiler("unet")
+    monkeypatch.delenv("CXX")
+    with pytest.raises(ExportError, match="none of which is here; install g"):
+        find_compiler("unet")
 
 
 def test_onnxruntime_does_not_go_on_without_the_gpu(traced: Traced) -> None:

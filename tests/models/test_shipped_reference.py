@@ -12,8 +12,9 @@ from safetensors import safe_open
 from ldm_deploy.artifact import verify_manifest
 from ldm_deploy.eval.grid import retrieval_grid
 from ldm_deploy.models.reference import WEIGHTS, load_reference
-from ldm_deploy.models.sources import resolve_source
+from ldm_deploy.models.sources import resolve_source, source_digest
 from ldm_deploy.models.torch_engine import torch_pipeline
+from ldm_deploy.training import decoder_config, distill_config, prune_config
 
 
 @pytest.fixture(scope="module")
@@ -42,19 +43,39 @@ def test_files_are_those_of_the_manifest_and_the_card_tells_how_they_were_made(d
         assert summary["steps"] == record["config"][f"{stage}_training"]["steps"]
 
 
-def test_the_student_has_a_unet_of_its_own_and_tells_how_it_was_made():
-    student = resolve_source("few-steps")
+@pytest.mark.parametrize(("name", "stage", "own"), [
+    ("pruned", "prune", ["unet"]), ("few-steps", "distillation", ["autoencoder", "unet"]),
+])  # fmt: skip
+def test_a_student_has_what_it_learned_and_tells_how(name, stage, own):
+    student = resolve_source(name)
     verify_manifest(student)
     record = json.loads((student / "training.json").read_text())
     assert record["command"] in (student / "README.md").read_text()
-    assert record["stages"]["distillation"]["steps"] == record["config"]["training"]["steps"]
-    assert [file.name for file in student.glob("*.safetensors")] == ["unet.safetensors"]
+    assert record["stages"][stage]["steps"] == record["config"]["training"]["steps"]
+    assert sorted(file.stem for file in student.glob("*.safetensors")) == own
+    teacher = source_digest(resolve_source({"pruned": "reference", "few-steps": "pruned"}[name]))
+    assert record["teacher"]["digest"] == teacher
+    assert f"(digest `{teacher}`)" in (student / "README.md").read_text()
+
+
+def test_the_presets_are_what_made_the_students():
+    """So that the commands on their cards make them again."""
+    pruned, few_steps = (
+        json.loads((resolve_source(name) / "training.json").read_text()) for name in ("pruned", "few-steps")
+    )
+    for record, presets in (
+        (pruned, prune_config.PRESETS),
+        (few_steps, distill_config.PRESETS),
+        (few_steps["decoder"], decoder_config.PRESETS),
+    ):
+        assert "--config gpu" in record["command"]
+        assert json.loads(json.dumps(presets["gpu"].to_dict())) == record["config"]
 
 
 @pytest.mark.parametrize(("steps", "share"), [(1, 0.85), (4, 0.95)])
-def test_the_student_draws_in_few_steps_what_its_teacher_draws_in_many(directory, steps, share):
-    """Nearer to the teacher's images than the teacher itself comes in so few steps, told nothing of guidance."""
-    teacher, student, untaught = load_reference(directory), load_reference("few-steps"), load_reference("few-steps")
+def test_the_student_draws_in_few_steps_what_its_teacher_draws_in_many(steps, share):
+    """Nearer to its teacher's images than the teacher itself comes in so few steps, told nothing of guidance."""
+    teacher, student, untaught = load_reference("pruned"), load_reference("few-steps"), load_reference("few-steps")
     weights = teacher.unet.state_dict()
     untaught.unet.load_state_dict(
         {name: weights.get(name, torch.zeros_like(value)) for name, value in untaught.unet.state_dict().items()}

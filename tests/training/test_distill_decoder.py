@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from ldm_deploy.models.torch_engine import torch_pipeline
 from ldm_deploy.training import distill_decoder as module
 from ldm_deploy.training.decoder_config import PRESETS, load_decoder_config
 from ldm_deploy.training.distill_decoder import build_student, distill_decoder, imitation_loss, moments_loss
+from ldm_deploy.training.losses import log_error
 from ldm_deploy.training.train import train
 
 TINY = PRESETS["tiny"]
@@ -35,9 +37,23 @@ def distil(teacher, out, config=TINY, **options):
 
 def test_the_loss_by_hand():
     wanted, image, decoded = (torch.full((2, 3, 4, 4), value) for value in (0.5, -0.5, 0.25))
-    assert imitation_loss(wanted, wanted, image, 0.0).item() == 0
-    assert imitation_loss(decoded, wanted, image, 0.0).item() == pytest.approx(0.25 + 0.0625)
-    assert imitation_loss(decoded, wanted, image, 2.0).item() == pytest.approx(0.3125 + 2 * (0.75 + 0.5625))
+
+    def loss(drawn, **values):
+        return imitation_loss(drawn, wanted, image, dataclasses.replace(TINY, **values)).item()
+
+    assert loss(wanted, image_weight=0.0) == 0
+    assert loss(decoded, image_weight=0.0) == pytest.approx(0.25 + 0.0625)
+    assert loss(decoded, image_weight=2.0) == pytest.approx(0.3125 + 2 * (0.75 + 0.5625))
+    assert loss(decoded, teacher_weight=0.0) == pytest.approx(0.75 + 0.5625)
+    both = math.log(0.0625 + 1e-5) + 2 * math.log(0.5625 + 1e-5)
+    assert loss(decoded, image_weight=2.0, error="log-mse") == pytest.approx(both)
+
+
+def test_a_decibel_is_as_much_of_an_easy_image_as_of_a_hard_one():
+    image = torch.zeros(1, 3, 4, 4)
+    losses = [log_error(image, image + 2 / 10 ** (decibels / 20)).item() for decibels in (20, 21, 30, 31)]
+    for first, second in (losses[:2], losses[2:]):
+        assert first - second == pytest.approx(math.log(10) / 10, rel=2e-2)
 
 
 class Linear(nn.Module):
@@ -287,8 +303,10 @@ def test_bad_paths_and_too_little_data_are_named(make_teacher, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("widths = [8]", r"widths is \[8\] and blocks \[2, 2\]; give both for each level"),
+        ("widths = [8]", r"widths is \[8\] and blocks \[2, 3\]; give both for each level"),
         ("latent_noise = -1.0", "latent_noise is -1.0; give 0 or more"),
+        ("error = 'l2'", "error is 'l2'; allowed: l1[+]mse, log-mse"),
+        ("teacher_weight = 0.0\nimage_weight = 0.0", "teacher_weight and image_weight are 0, so that there is nothing"),
         ("photo_fraction = 2.0", "photo_fraction is 2.0; allowed: 0 to 1"),
         ("perceptual_backbone = 'inception'", "perceptual_backbone is 'inception'; allowed: squeeze, alex, vgg"),
         ("latent_nois = 1.0", "unknown key 'latent_nois'; did you mean 'latent_noise'"),
