@@ -233,7 +233,7 @@ def quantize(
 @command
 def distill(
     reference: Source,
-    recipe: Annotated[str, Option("--recipe", metavar="R", help="steps, decoder or prune.")],
+    recipe: Annotated[str, Option("--recipe", metavar="R", help="steps, decoder, prune or int8.")],
     out: Out,
     data: Annotated[str | None, Option("--data", metavar="PATH", help="A folder, a zip or 'photos'.")] = None,
     config: Annotated[str | None, Option("--config", metavar="C", help="A preset or a TOML file.")] = None,
@@ -244,7 +244,7 @@ def distill(
     seed: Annotated[int | None, Option("--seed", min=0, help="Instead of the configuration's.")] = None,
     threads: Threads = None, quiet: Quiet = False,
 ) -> Result:  # fmt: skip
-    """Train a student of a reference: fewer steps, a smaller decoder, or a smaller U-Net."""
+    """Train a student of a reference: fewer steps, a smaller decoder, a smaller U-Net, or one that bears INT8."""
     commands.check_words(recipes=[recipe])
     images = data or os.environ.get("LDM_DEPLOY_DATA") or "photos"
     options: dict[str, Any] = {"config": config, "resume": resume, "seed": seed, "threads": threads}
@@ -253,15 +253,15 @@ def distill(
         return run(reference, images, out, method=method, init_from=init_from, **options), 0
     if method is not None:
         raise ConfigError(f"--method is for --recipe steps, not {recipe}; leave it out")
-    if init_from is not None and recipe == "prune":
-        raise ConfigError("--init-from is for --recipe steps and --recipe decoder, not prune; leave it out")
+    if init_from is not None and recipe != "decoder":
+        raise ConfigError(f"--init-from is for --recipe steps and --recipe decoder, not {recipe}; leave it out")
     if recipe == "decoder":
         from ldm_deploy.eval.lpips_distance import Lpips
         from ldm_deploy.eval.reference import measure_reconstruction
 
         options |= {"measure": measure_reconstruction, "perceptual": lambda backbone: Lpips(backbone).as_loss()}
         options["init_from"] = init_from
-    module = {"decoder": "distill_decoder", "prune": "prune"}[recipe]
+    module = {"decoder": "distill_decoder", "prune": "prune", "int8": "distill_int8"}[recipe]
     run = commands.stage_function(f"ldm_deploy.training.{module}", module)
     return run(reference, images, out, **options), 0
 

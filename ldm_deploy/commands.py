@@ -23,7 +23,7 @@ TARGETS = (
 COMPONENTS = ("text_encoder", "unet", "vae_encoder", "vae_decoder", "pipeline")
 PRECISIONS = ("fp32", "fp16", "bf16")
 LAYOUTS = ("bundle", "optimum")
-RECIPES = ("steps", "decoder", "prune")  # of distillation
+RECIPES = ("steps", "decoder", "prune", "int8")  # of distillation
 IMAGE_FORMATS = {".png": "PNG", ".bmp": "BMP"}
 
 

@@ -305,6 +305,7 @@ def read_preset(source: str | Path, presets: Mapping[str, Any], default: str) ->
 def _replace(config: Any, values: dict[str, Any], where: str) -> Any:
     """A copy of a dataclass with nested values replaced; types must match what is there."""
     known = {entry.name: getattr(config, entry.name) for entry in dataclasses.fields(config)}
+    kinds = {entry.name: entry.type for entry in dataclasses.fields(config)}
     changes: dict[str, Any] = {}
     for name, value in values.items():
         if name not in known:
@@ -317,8 +318,9 @@ def _replace(config: Any, values: dict[str, Any], where: str) -> Any:
                 raise ConfigError(f"{where}: {name} is {value!r}; give a table [{name}]")
             changes[name] = _replace(old, value, f"{where}: [{name}]")
         elif isinstance(old, tuple):
-            if not isinstance(value, list) or not all(type(item) is int for item in value):
-                raise ConfigError(f"{where}: {name} is {value!r}; give a list of integers")
+            item_type, called = (str, "texts") if kinds[name] == "tuple[str, ...]" else (int, "integers")
+            if not isinstance(value, list) or not all(type(item) is item_type for item in value):
+                raise ConfigError(f"{where}: {name} is {value!r}; give a list of {called}")
             changes[name] = tuple(value)
         elif type(old) is float and type(value) in (int, float):
             changes[name] = float(value)

@@ -7,24 +7,19 @@ task, the teacher's output and the teacher's features. Which blocks go is measur
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm_deploy.artifact import atomic_write_json
 from ldm_deploy.errors import TrainingError
-from ldm_deploy.models.unet import UNet
-from ldm_deploy.training.conditioning import Conditioning
-from ldm_deploy.training.diffusion import encode_images
-from ldm_deploy.training.graphs import Replayed
-from ldm_deploy.training.loop import device_rng, run_stage
+from ldm_deploy.training.imitation import check_task, imitate
 from ldm_deploy.training.processes import processes
-from ldm_deploy.training.prune_choice import Choice, choose, last_of_levels, trajectory_points, without
+from ldm_deploy.training.prune_choice import Choice, choose, trajectory_points, without
 from ldm_deploy.training.prune_config import PruneConfig, load_prune_config
 from ldm_deploy.training.teaching import (
     Teaching,
@@ -70,18 +65,15 @@ def prune(
     teacher = load_teacher(reference, out)
     if threads is not None:
         torch.set_num_threads(threads)
-    if "distilled" in teacher.model and not (resolved.output_weight or resolved.feature_weight):
-        raise TrainingError(
-            f"{teacher.directory} is a student of few steps, which has no task but to do as its teacher; "
-            "give output_weight or feature_weight"
-        )
+    check_task(resolved, teacher)
     images, chosen = training_images(teacher, data, resolved.training.batch_size)
     teaching = Teaching(teacher, "prune", resolved.to_dict(), name, data, images, len(chosen.texts))
     directory = out.with_name(out.name + ".training")
     points = trajectory_points(teacher, resolved.points, resolved.seed)
     choice = decide(teacher, points, resolved, directory / CHOICE, teaching.key(), resume=resume)
-    student = train_pruned(resolved, teacher, choice, chosen.images, chosen.texts, points, directory, teaching.key(),
-                           resume=resume)  # fmt: skip
+    left = without(teacher.unet, *(removal.name for removal in choice.removals))
+    student = imitate("prune", resolved, teacher, left, chosen.images, chosen.texts, points, directory, teaching.key(),
+                      resume=resume)  # fmt: skip
     described = {**teacher.model["unet"], "removed": list(student.removed)}
     model = {**teacher.model, "name": f"{teacher.model['name']}-pruned", "unet": described}
     weights = {
@@ -133,124 +125,6 @@ def decide(
             f"give those again to resume, or remove {file.parent} to start over"
         )
     return choice
-
-
-class Heard(nn.Module):
-    """A U-Net that also says what parts of it said: inputs -> (prediction, output of each of `names`)."""
-
-    def __init__(self, unet: nn.Module, names: Sequence[str]) -> None:
-        super().__init__()
-        self.unet, self.names = unet, tuple(names)
-
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        heard: dict[str, Tensor] = {}
-
-        def keep(name: str) -> Any:
-            def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-                heard[name] = output
-
-            return hook
-
-        handles = [self.unet.get_submodule(name).register_forward_hook(keep(name)) for name in self.names]
-        try:
-            prediction = self.unet(*inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return (prediction, *(heard[name] for name in self.names))
-
-
-def feature_loss(features: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
-    """Squared difference of each feature map, in units of the teacher's mean square, averaged over the maps: a scalar.
-
-    Kim et al. 2023, eq. 3, where the maps of one U-Net are summed as they are.
-    """
-    losses = [
-        (feature.float() - value.float()).square().mean() / value.float().square().mean().clamp_min(1e-12)
-        for feature, value in zip(features, wanted, strict=True)
-    ]
-    return torch.stack(losses).mean()
-
-
-def train_pruned(
-    config: PruneConfig,
-    teacher: Reference,
-    choice: Choice,
-    images: np.ndarray,
-    texts: Sequence[str],
-    points: tuple[Tensor, ...],
-    directory: Path,
-    fingerprint: str,
-    *,
-    resume: bool,
-) -> UNet:
-    """Train what is left of the teacher's U-Net; returns it, averaged, on the CPU.
-
-    `images` uint8 (n, H, W, 3) with their captions `texts`; `points`: see `trajectory_points`.
-    """
-    from tokenizers import Tokenizer
-
-    team = processes()
-    device, stage, model = team.device, config.training, teacher.model
-    distilled = model.get("distilled")
-    task_weight = 0.0 if distilled else config.task_weight
-    tokenizer = Tokenizer.from_str(teacher.tokenizer_text())
-    ids = Conditioning(tokenizer, {"context_length": model["context_length"]}).encode(texts)
-    input_ids, empty = torch.from_numpy(ids).to(device), torch.tensor(tokenizer.encode("").ids, device=device)
-    mean, std = (model["scale_factor"] * value for value in encode_images(teacher.autoencoder, images))
-    alphas_cumprod = torch.from_numpy(teacher.schedule.alphas_cumprod).float().to(device)
-    kind = teacher.schedule.prediction_type
-    # What a student of few steps says between the timesteps it draws at means nothing.
-    timesteps = (torch.unique(points[1]) if distilled else torch.arange(len(alphas_cumprod))).to(device)
-    span = (distilled or {}).get("guidance_range")
-    torch.manual_seed(config.seed)
-    whole = teacher.unet.to(device).to(memory_format=torch.channels_last)
-    text_encoder = teacher.text_encoder.to(device)
-    student = without(teacher.unet, *(removal.name for removal in choice.removals)).requires_grad_(True)
-    names = last_of_levels(student)
-    same_shapes = stage.accumulation == 1 and not stage.gradient_checkpointing
-    tutor, learner = (Replayed(Heard(unet, names), enabled=same_shapes) for unet in (whole, student))
-
-    def loss(step: int, rows: slice) -> tuple[Tensor, Mapping[str, Tensor]]:
-        numbers = device_rng(config.seed, "prune", step, device)
-
-        def uniform() -> Tensor:
-            return torch.rand(stage.batch_size, generator=numbers, device=device)[rows]
-
-        index, place, dropped, told = uniform(), uniform(), uniform() < config.caption_dropout, uniform()
-        shape = (stage.batch_size, *mean.shape[1:])
-        posterior, noise = (torch.randn(shape, generator=numbers, device=device)[rows] for _ in range(2))
-        chosen, timestep = (index * len(mean)).long(), timesteps[(place * len(timesteps)).long()]
-        latent = mean[chosen] + std[chosen] * posterior
-        signal, spread = (
-            value.sqrt()[:, None, None, None] for value in (alphas_cumprod[timestep], 1 - alphas_cumprod[timestep])
-        )
-        sample = (signal * latent + spread * noise).contiguous(memory_format=torch.channels_last)
-        # A student that is told the guidance never sees an empty caption.
-        captions = input_ids[chosen] if span else torch.where(dropped[:, None], empty[None], input_ids[chosen])
-        guidance = (span[0] + (span[1] - span[0]) * told,) if span else ()
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.autocast_bf16, cache_enabled=False):
-            with torch.no_grad():
-                inputs = (sample, timestep, text_encoder(captions), *guidance)
-                wanted, *wanted_features = tutor(*inputs)
-            prediction, *features = learner(*inputs)
-        wanted, prediction = wanted.float(), prediction.float()
-        target = {"epsilon": noise, "sample": latent, "v_prediction": signal * noise - spread * latent}[kind]
-        terms = {
-            "task": (task_weight, (prediction - target).square().mean()),
-            "output": (config.output_weight, (prediction - wanted).square().mean()),
-            "feature": (config.feature_weight, feature_loss(features, wanted_features)),
-        }
-        total = torch.stack([weight * value for weight, value in terms.values()]).sum()
-        return total, {name: value.detach() for name, (_, value) in terms.items()}
-
-    averages = run_stage(
-        "prune", student, loss, stage, directory, fingerprint, resume=resume, loss_limit=FARTHEST
-    )  # fmt: skip
-    student.load_state_dict(averages)
-    whole.cpu()
-    text_encoder.cpu()
-    return student.cpu().eval()
 
 
 def card_rows(figures: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:

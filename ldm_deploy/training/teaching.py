@@ -1,4 +1,4 @@
-"""What the distillation of a decoder and that of a pruned U-Net share: before the training, and after it."""
+"""What the distillation of a decoder, a pruned U-Net and one for INT8 share: before the training, and after it."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from ldm_deploy.training.data import ImageSet, load_images
 from ldm_deploy.training.processes import processes
 from ldm_deploy.training.record import training_record
 
+RECIPES = {"decoder": "a small decoder", "prune": "a pruned U-Net", "int8": "a U-Net that bears INT8"}
 HELD_OUT_SHOWN = 32  # held-out images that a preview measures
 
 # figures of the finished directory -> rows (figure, teacher, student, how it was measured)
@@ -117,7 +118,9 @@ def write_student(
 
 def student_card(model: Mapping[str, Any], record: Mapping[str, Any], rows: Sequence[tuple[str, str, str, str]]) -> str:
     """The model card, Markdown."""
-    what = {"decoder": "a small decoder", "prune": "a pruned U-Net"}[record["recipe"]]
+    what = {"decoder": "a small decoder", "prune": "a pruned U-Net", "int8": "a U-Net that bears INT8"}[
+        record["recipe"]
+    ]
     teacher, data, config = record["teacher"], record["data"], record["config"]
     where = f"{record['threads']} threads" if record["device"] == "cpu" else record["device"]
     lines = [

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -19,7 +23,7 @@ from ldm_deploy.quantize.kit import LayerInfo
 from ldm_deploy.quantize.onnxruntime_cpu import RECIPES, OnnxRuntimeKit
 from ldm_deploy.quantize.qdq import select_nodes
 from ldm_deploy.quantize.sizes import size_limit
-from ldm_deploy.quantize.sparing import fewest, spare
+from ldm_deploy.quantize.sparing import fewest, ranking, spare
 from ldm_deploy.runtime.engines import OnnxRuntimeEngine
 
 WIDTH = 32
@@ -95,6 +99,54 @@ def test_too_few_layers_to_spare_one_and_nothing_built(tmp_path: Path) -> None:
 
     known = {"a": 1.0, "b": 2.0, "c": 3.0}
     assert spare(Kit(), tmp_path / "out.xml", RECIPES["conv"], [], 0.1, known) is None  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("known", [{}, {"n7": 0.9, "n60": 0.01}])
+def test_the_worst_of_many_are_found_with_few_measurements(known: dict[str, float]) -> None:
+    """Errors that add up in squares, as those of nodes that are not correlated do."""
+    errors = {f"n{index}": 0.01 for index in range(118)} | {"n7": 0.9, "n8": 0.3, "n100": 0.5}
+    asked: list[int] = []
+
+    def error(group: Sequence[str]) -> float:
+        asked.append(len(group))
+        return math.sqrt(sum(errors[name] ** 2 for name in group))
+
+    found = list(itertools.islice(ranking(list(errors), error, dict(known)), 3))
+    assert [name for name, _ in found] == ["n7", "n100", "n8"]
+    assert found[-1][1] == pytest.approx(0.01 * math.sqrt(115), rel=1e-6)
+    assert len(asked) <= 30
+
+
+def test_a_group_whose_error_is_not_finite_is_looked_at_whole() -> None:
+    def error(group: Sequence[str]) -> float:
+        return math.inf if "b" in group else 0.1 * len(group)
+
+    assert [name for name, _ in ranking("abcd", error, {})] in (["b", *rest] for rest in itertools.permutations("acd"))
+
+
+def test_where_errors_do_not_add_up_more_are_spared_until_it_is_enough(tmp_path: Path) -> None:
+    """Two nodes whose errors cancel: together they look harmless, and what is left is worse than predicted."""
+    built: list[tuple[str, ...]] = []
+
+    class Kit:
+        def layers(self, recipe: object) -> list[LayerInfo]:
+            return [LayerInfo(f"n{index}", "Conv") for index in range(16)]
+
+        def build(self, path: Path, recipe: Any) -> None:
+            built.append(recipe.keep_float)
+
+        def open(self, path: Path, recipe: Any) -> Any:
+            inside = {f"n{index}" for index in range(16)} - set(recipe.keep_float)
+            value = 1 + 0.3 * ("n3" in inside) + 0.2 * ("n4" in inside) + 0.001 * len(inside)
+            return SimpleNamespace(run=lambda feeds: {"y": np.full((1, 1), value)})
+
+        def files(self, path: Path) -> list[Path]:
+            return [path]
+
+    found = spare(Kit(), tmp_path / "out", RECIPES["conv"], [Probe({}, {"y": np.ones((1, 1))})], 0.05)  # type: ignore[arg-type]
+    assert found is not None
+    assert set(found[0].keep_float) == {"n3", "n4"}
+    assert built[-1] == found[0].keep_float
 
 
 @pytest.mark.parametrize("least", [1, 2, 5, 9, 10])

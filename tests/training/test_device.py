@@ -21,14 +21,13 @@ from ldm_deploy.training import (
     distill_decoder,
     distill_progressive,
     graphs,
-    prune,
+    imitation,
     student,
 )
 from ldm_deploy.training.data import ImageSet
 from ldm_deploy.training.decoder_config import PRESETS as DECODERS
 from ldm_deploy.training.distill_config import PRESETS as STUDENTS
 from ldm_deploy.training.processes import Processes
-from ldm_deploy.training.prune_choice import Choice
 from ldm_deploy.training.prune_config import PRESETS as PRUNED
 from tests.tiny_bundle import CONTEXT_LENGTH, VOCABULARY, write_tokenizer
 
@@ -49,9 +48,9 @@ def gpu(monkeypatch):
 
     monkeypatch.setattr(nn.Module, "_apply", apply)
     monkeypatch.setattr(torch.Tensor, "item", lambda self: 0.5)
-    for module in (autoencoder, diffusion, distill_consistency, distill_decoder, distill_progressive, prune):
+    for module in (autoencoder, diffusion, distill_consistency, distill_decoder, distill_progressive, imitation):
         monkeypatch.setattr(module, "processes", lambda: CUDA)
-    for module in (student, distill_decoder, prune):
+    for module in (student, distill_decoder, imitation):
         monkeypatch.setattr(module, "device_rng", lambda *rest: None)  # no generator of a GPU that is not there
     monkeypatch.setattr(graphs, "capture", lambda module, inputs: module)
     with FakeTensorMode():
@@ -200,14 +199,11 @@ def test_a_step_of_a_pruned_unet_is_on_the_gpu(gpu, monkeypatch, tmp_path):
     described = describe(PRESETS["tiny"], 0.7, {**text_encoder, "head_channels": 16}, {})
     teacher = Reference(tmp_path, described, **build_modules(described))
 
-    def left(unet, *names):
-        return UNet(**described["unet"], removed=["innermost", "down.0.block"]).to(CUDA.device)
-
-    monkeypatch.setattr(prune, "without", left)
+    left = UNet(**described["unet"], removed=["innermost", "down.0.block"])
     step(
-        prune, "prune", monkeypatch,
-        lambda: prune.train_pruned(
-            PRUNED["tiny"], teacher, Choice("flops", 1.0, ()), np.zeros((4, 32, 32, 3), np.uint8), ["one"] * 4, (),
-            tmp_path, "", resume=False,
+        imitation, "prune", monkeypatch,
+        lambda: imitation.imitate(
+            "prune", PRUNED["tiny"], teacher, left, np.zeros((4, 32, 32, 3), np.uint8), ["one"] * 4, (), tmp_path, "",
+            resume=False,
         ),
     )  # fmt: skip

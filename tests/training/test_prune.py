@@ -12,8 +12,10 @@ import torch
 from ldm_deploy.errors import ConfigError, DataError, TrainingError
 from ldm_deploy.models.reference import load_reference
 from ldm_deploy.models.torch_engine import torch_pipeline
+from ldm_deploy.training import imitation
 from ldm_deploy.training import prune as module
-from ldm_deploy.training.prune import Heard, feature_loss, prune
+from ldm_deploy.training.imitation import Heard, feature_loss
+from ldm_deploy.training.prune import prune
 from ldm_deploy.training.prune_choice import (
     choose,
     costs,
@@ -241,7 +243,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_and_keeps_its_choice(make_te
             raise KeyboardInterrupt
         return feature_loss(*arguments)
 
-    monkeypatch.setattr(module, "feature_loss", stop)
+    monkeypatch.setattr(imitation, "feature_loss", stop)
     with pytest.raises(KeyboardInterrupt):
         run(path, tmp_path / "cut", config)
     with pytest.raises(TrainingError, match=r"choice\.json holds the choice of an earlier run; add --resume"):
@@ -265,7 +267,7 @@ def test_a_loss_that_diverges_stops_with_the_last_good_state_and_a_knob(make_tea
         calls.append(1)
         return feature_loss(*arguments) + (1e6 if len(calls) == 4 else 0)
 
-    monkeypatch.setattr(module, "feature_loss", poisoned)
+    monkeypatch.setattr(imitation, "feature_loss", poisoned)
     with pytest.raises(TrainingError, match=r"training diverges; the last good state is .*prune\.safetensors\. Lower"):
         run(make_teacher(), tmp_path / "out")
 
@@ -291,6 +293,7 @@ def test_bad_data_and_an_existing_directory_are_named(make_teacher, tmp_path):
         ("caption_dropout = 2.0", "caption_dropout is 2.0; allowed: 0 to 1"),
         ("[training]\nbatch_size = 0", "training.batch_size is 0; give 1 or more"),
         ("[training]\nresolutions = [32]\ngrow_at = [2]", "not for pruning"),
+        ("keep = [1]", r"keep is \[1\]; give a list of texts"),
         ("speedups = 2.0", "unknown key 'speedups'; did you mean 'speedup'"),
     ],
 )
@@ -299,3 +302,8 @@ def test_a_configuration_that_cannot_be_is_refused(tmp_path, text, message):
     file.write_text(f"preset = 'gpu'\n{text}\n")
     with pytest.raises(ConfigError, match=message):
         load_prune_config(file)
+
+
+def test_what_to_keep_can_be_written_in_a_file(tmp_path):
+    (tmp_path / "own.toml").write_text('keep = ["innermost", "up.3.block"]\n')
+    assert load_prune_config(tmp_path / "own.toml").keep == ("innermost", "up.3.block")
