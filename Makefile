@@ -43,7 +43,7 @@ export: $(BACKBONE) ## shipped reference and its student -> ONNX -> INT8 -> eval
 	@$(BIN)/ldm-deploy optimize reference --target $(TARGET) --out $(OUT)
 	@$(BIN)/ldm-deploy optimize few-steps --target $(TARGET) --out $(STUDENT)
 
-scoreboard: $(BACKBONE) ## teacher, student and the bundles that make export wrote, side by side in build/scoreboard (DATA)
+scoreboard: $(BACKBONE) ## teacher, students and the bundles that make export wrote, side by side in build/scoreboard (DATA)
 	@$(BIN)/ldm-deploy eval reference --student $(OUT) --student pruned --student few-steps --student $(STUDENT) --data "$(DATA)" \
 	  --out build/scoreboard
 
