@@ -67,6 +67,7 @@ def test_rows_differ_in_what_their_names_say() -> None:
         study_rows(PRESETS["quick"], 0, None)
 
 
+@pytest.mark.slow
 def test_rows_without_lpips_say_so_and_the_others_are_measured_and_kept(
     small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

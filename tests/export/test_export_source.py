@@ -120,7 +120,6 @@ def test_half_precision_is_half_the_size_and_proven(reference: Path, tmp_path: P
     variants = [
         ("fp32", "onnxruntime-cpu"),
         ("fp16", "onnxruntime-cpu"),
-        ("fp32", "openvino-cpu"),
         ("bf16", "openvino-cpu"),
     ]
     bundle = export_source(reference, tmp_path / "bundle", variants=variants, components=["unet"], threads=1)

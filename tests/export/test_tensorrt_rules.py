@@ -20,7 +20,9 @@ from ldm_deploy.models.sources import load_source
 pytestmark = pytest.mark.timeout(900)  # a whole reference is exported
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", pytest.param("bf16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "precision", ["fp32", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fp16", "bf16"))]
+)
 def test_what_we_export_keeps_the_rules(reference: Path, tmp_path: Path, precision: str) -> None:
     source = load_source(reference)
     probes, modules = make_probes(source, threads=1), source.components()

@@ -54,7 +54,9 @@ def test_a_sampler_that_draws_noise_is_refused(sampler: str) -> None:
         step_coefficients(sampler, Schedule(), 4)
 
 
-@pytest.mark.parametrize(("target", "sampler"), [("onnxruntime-cpu", "dpmsolver++"), ("openvino-cpu", "ddim")])
+@pytest.mark.parametrize(("target", "sampler"), [
+    ("onnxruntime-cpu", "dpmsolver++"), pytest.param("openvino-cpu", "ddim", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_it_draws_what_the_host_draws(reference: Path, tmp_path: Path, target: str, sampler: str) -> None:
     bundle = export_pipeline(reference, tmp_path / "out", target=target, sampler=sampler, steps=4, threads=1)
     verify_bundle(bundle.root)

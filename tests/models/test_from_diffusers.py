@@ -72,7 +72,8 @@ def test_embeddings_of_both_text_encoders_are_theirs(checkpoints: dict[str, tupl
     torch.testing.assert_close(embeds, pooled, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [pytest.param("sd2", marks=pytest.mark.slow), "sdxl"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sd2", "sdxl"])
 def test_engines_of_a_checkpoint_draw_the_same(
     checkpoints: dict[str, tuple[Path, Any]], kind: str, tmp_path: Path
 ) -> None:

@@ -109,7 +109,8 @@ def test_the_decoder_quantizes_and_the_encoder_is_deterministic():
     assert not any(name.startswith(("quantizer.idle", "quantizer.count")) for name in model.state_dict())
 
 
-@pytest.mark.parametrize("averaged", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("averaged", [False, True])
 def test_a_vq_model_goes_down_the_whole_road(tmp_path, averaged):
     """Trained, killed after four of six steps, resumed, exported with parity, drawn with."""
     import ldm_deploy

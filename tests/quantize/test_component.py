@@ -261,7 +261,7 @@ print(peak_memory_bytes())
 """
 
 
-@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("runtime", ["onnxruntime", pytest.param("openvino", marks=pytest.mark.slow)])
 def test_memory_does_not_grow_with_the_samples(denoiser: Path, tmp_path: Path, runtime: str) -> None:
     path = tmp_path / "unet.onnx"
     path.write_bytes(denoiser.read_bytes())
