@@ -8,7 +8,6 @@ the latent space, stays what it is: the student fits whatever draws in that spac
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +41,7 @@ from ldm_deploy.training.teaching import (
     count_flops,
     describe_figure,
     load_teacher,
+    settle_config,
     training_images,
     write_student,
 )
@@ -74,11 +74,7 @@ def distill_decoder(
     the content of training.json. Raises `TrainingError` if `out` exists or the teacher is no full autoencoder, or the
     latents are others; `ConfigError` if the student's levels do not fit the latents.
     """
-    if config is None:
-        config = "gpu" if processes().device.type == "cuda" else "cpu"
-    resolved = config if isinstance(config, DecoderConfig) else load_decoder_config(config)
-    if seed is not None:
-        resolved = replace(resolved, seed=seed)
+    resolved, name = settle_config(config, load_decoder_config, seed)
     teacher = load_teacher(reference, out)
     donor = None if init_from is None else load_donor(init_from, teacher)
     small = describe_decoder(teacher, resolved) if donor is None else {
@@ -95,7 +91,6 @@ def distill_decoder(
         "name": f"{teacher.model['name']}-small-decoder",
         "autoencoder": {**teacher.model["autoencoder"], **small},
     }
-    name = "custom" if isinstance(config, DecoderConfig) else Path(config).name
     teaching = Teaching(teacher, "decoder", resolved.to_dict(), name, data, images, len(chosen.texts), donor)
     student = train_decoder(
         resolved, teacher.autoencoder, model, chosen, directory, teaching.key(), resume=resume,

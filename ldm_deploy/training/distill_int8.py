@@ -7,7 +7,6 @@ reference like any other, in float; engines of it are quantized as those of its 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +15,16 @@ import torch
 from ldm_deploy.errors import TrainingError
 from ldm_deploy.training.imitation import check_task, imitate
 from ldm_deploy.training.int8_config import Int8Config, load_int8_config
-from ldm_deploy.training.processes import processes
 from ldm_deploy.training.prune_choice import prediction_error, trajectory_points
 from ldm_deploy.training.simulated import in_float, simulate
-from ldm_deploy.training.teaching import Teaching, describe_figure, load_teacher, training_images, write_student
+from ldm_deploy.training.teaching import (
+    Teaching,
+    describe_figure,
+    load_teacher,
+    settle_config,
+    training_images,
+    write_student,
+)
 
 if TYPE_CHECKING:
     from ldm_deploy.models.reference import Reference
@@ -42,12 +47,7 @@ def distill_int8(
     device), a TOML file, or a configuration. The result is the content of training.json. Raises `TrainingError` if
     `out` exists, `keep` names nothing, or the training did not help.
     """
-    if config is None:
-        config = "gpu" if processes().device.type == "cuda" else "cpu"
-    name = "custom" if isinstance(config, Int8Config) else Path(config).name
-    resolved = config if isinstance(config, Int8Config) else load_int8_config(config)
-    if seed is not None:
-        resolved = replace(resolved, seed=seed)
+    resolved, name = settle_config(config, load_int8_config, seed)
     teacher = load_teacher(reference, out)
     check_task(resolved, teacher)
     known = {name for name, _ in teacher.unet.named_modules()}

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ldm_deploy.config import StageConfig
 from ldm_deploy.errors import TrainingError
 from ldm_deploy.models.unet import UNet
 from ldm_deploy.training.conditioning import Conditioning
 from ldm_deploy.training.diffusion import encode_images
 from ldm_deploy.training.graphs import Replayed
+from ldm_deploy.training.imitation_config import ImitationConfig
 from ldm_deploy.training.loop import device_rng, run_stage
 from ldm_deploy.training.processes import processes
 from ldm_deploy.training.prune_choice import last_of_levels
@@ -29,25 +29,6 @@ if TYPE_CHECKING:
 
 # Predictions and latents have a standard deviation of about 1. A student that is further off is not learning.
 FARTHEST = 50.0
-
-
-class Imitation(Protocol):
-    """What a configuration says of it."""
-
-    @property
-    def training(self) -> StageConfig: ...
-    @property
-    def task_weight(self) -> float: ...
-    @property
-    def output_weight(self) -> float: ...
-    @property
-    def feature_weight(self) -> float: ...
-    @property
-    def caption_dropout(self) -> float: ...
-    @property
-    def seed(self) -> int: ...
-    @property
-    def autocast_bf16(self) -> bool: ...
 
 
 class Heard(nn.Module):
@@ -87,7 +68,7 @@ def feature_loss(features: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor
     return torch.stack(losses).mean()
 
 
-def check_task(config: Imitation, teacher: Reference) -> None:
+def check_task(config: ImitationConfig, teacher: Reference) -> None:
     """Raises `TrainingError` for a teacher of few steps where only the denoising task has a weight."""
     if "distilled" in teacher.model and not (config.output_weight or config.feature_weight):
         raise TrainingError(
@@ -98,7 +79,7 @@ def check_task(config: Imitation, teacher: Reference) -> None:
 
 def imitate(
     name: str,
-    config: Imitation,
+    config: ImitationConfig,
     teacher: Reference,
     student: UNet,
     images: np.ndarray,

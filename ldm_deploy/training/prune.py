@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +25,7 @@ from ldm_deploy.training.teaching import (
     count_flops,
     describe_figure,
     load_teacher,
+    settle_config,
     training_images,
     write_student,
 )
@@ -56,12 +56,7 @@ def prune(
     draws at. The result is the content of training.json. Raises `TrainingError` if `out` exists or the wanted speed
     cannot be had.
     """
-    if config is None:
-        config = "gpu" if processes().device.type == "cuda" else "cpu"
-    name = "custom" if isinstance(config, PruneConfig) else Path(config).name
-    resolved = config if isinstance(config, PruneConfig) else load_prune_config(config)
-    if seed is not None:
-        resolved = replace(resolved, seed=seed)
+    resolved, name = settle_config(config, load_prune_config, seed)
     teacher = load_teacher(reference, out)
     if threads is not None:
         torch.set_num_threads(threads)

@@ -9,6 +9,7 @@ calibration. Weights: int8 per output channel, symmetric. Outputs stay as they a
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -19,7 +20,10 @@ LAYERS = {"conv": nn.Conv2d, "linear": nn.Linear}
 
 
 class Simulated(nn.Module):
-    """A convolution or linear layer in INT8; `low`, `high`: the range of what it reads."""
+    """A convolution or linear layer in INT8, with the shapes of `inner` and fp32 in and out.
+
+    `low`, `high`: the range of what it reads.
+    """
 
     scale: Tensor
     zero_point: Tensor
@@ -56,17 +60,12 @@ def simulate(module: nn.Module, inputs: Sequence[Tensor], layers: Sequence[str],
     chosen = {name: part for name, part in modules.items() if isinstance(part, kinds) and name not in kept}
     ranges: dict[str, tuple[float, float]] = {}
 
-    def watch(name: str) -> None:
-        def hook(layer: nn.Module, given: tuple[Tensor, ...]) -> None:
-            if given[0].dim() > 2:
-                low, high = ranges.get(name, (0.0, 0.0))
-                ranges[name] = min(low, given[0].min().item()), max(high, given[0].max().item())
+    def widen(name: str, layer: nn.Module, given: tuple[Tensor, ...]) -> None:
+        if given[0].dim() > 2:
+            low, high = ranges.get(name, (0.0, 0.0))
+            ranges[name] = min(low, given[0].min().item()), max(high, given[0].max().item())
 
-        handles.append(chosen[name].register_forward_pre_hook(hook))
-
-    handles: list[torch.utils.hooks.RemovableHandle] = []
-    for name in chosen:
-        watch(name)
+    handles = [part.register_forward_pre_hook(functools.partial(widen, name)) for name, part in chosen.items()]
     with torch.no_grad():
         found(*inputs)
     for handle in handles:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from ldm_deploy.training.data import ImageSet, load_images
 from ldm_deploy.training.processes import processes
 from ldm_deploy.training.record import training_record
 
+C = TypeVar("C")  # a configuration
 RECIPES = {"decoder": "a small decoder", "prune": "a pruned U-Net", "int8": "a U-Net that bears INT8"}
 HELD_OUT_SHOWN = 32  # held-out images that a preview measures
 
@@ -55,6 +56,15 @@ class Teaching:
         words = ["ldm-deploy", "distill", self.teacher.directory.name, "--recipe", self.recipe]
         words += ["--config", self.config_name, "--data", str(data), "--out", out.name]
         return shlex.join(words if self.donor is None else [*words, "--init-from", self.donor.directory.name])
+
+
+def settle_config(config: str | Path | C | None, load: Callable[[str | Path], C], seed: int | None) -> tuple[C, str]:
+    """(the configuration, what a model card calls it). `config`: as the functions that distil take it; None is the
+    preset for this device. `seed` replaces its own."""
+    if config is None:
+        config = "gpu" if processes().device.type == "cuda" else "cpu"
+    settled, name = (load(config), Path(config).name) if isinstance(config, str | Path) else (config, "custom")
+    return (settled if seed is None else replace(cast("Any", settled), seed=seed)), name
 
 
 def load_teacher(reference: str | Path, out: Path) -> Reference:
@@ -118,9 +128,7 @@ def write_student(
 
 def student_card(model: Mapping[str, Any], record: Mapping[str, Any], rows: Sequence[tuple[str, str, str, str]]) -> str:
     """The model card, Markdown."""
-    what = {"decoder": "a small decoder", "prune": "a pruned U-Net", "int8": "a U-Net that bears INT8"}[
-        record["recipe"]
-    ]
+    what = RECIPES[record["recipe"]]
     teacher, data, config = record["teacher"], record["data"], record["config"]
     where = f"{record['threads']} threads" if record["device"] == "cpu" else record["device"]
     lines = [

@@ -147,6 +147,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(make_teacher, tmp_path, monk
     with pytest.raises(KeyboardInterrupt):
         run(path, tmp_path / "cut")
     run(path, tmp_path / "cut", resume=True)
+    assert len(calls) == 4 + 2  # from the checkpoint of the second step on
     whole, cut = (load_reference(tmp_path / name).unet.state_dict() for name in ("whole", "cut"))
     assert all(torch.equal(value, cut[name]) for name, value in whole.items())
 
