@@ -94,6 +94,28 @@ def test_the_student_that_is_the_linear_teacher_has_no_loss_and_a_wrong_one_has(
     assert (found[0] == 0) == (fault == 0)
 
 
+def test_each_latent_is_that_of_its_image_mirrored_ones_and_photographs_too(make_teacher, tmp_path, monkeypatch):
+    """What is encoded once, before the training, and what is drawn for a batch belong together."""
+    path = make_teacher()
+    teacher = load_reference(path).autoencoder
+    encode = module.encode_images
+    monkeypatch.setattr(module, "encode_images", lambda *given: (encode(*given)[0], torch.zeros(9999, 1, 1, 1)))
+    pairs = []
+
+    class Watched(module.Judged):
+        def forward(self, latent, wanted):
+            pairs.append((latent, wanted))
+            return super().forward(latent, wanted)
+
+    monkeypatch.setattr(module, "Judged", Watched)
+    distil(path, tmp_path / "out", changed(steps=6, teacher_weight=0.0, latent_noise=0.0, photo_fraction=0.5))
+    latents, wanted = (torch.cat(found) for found in zip(*pairs, strict=True))
+    with torch.no_grad():
+        mean = teacher.encode(wanted)[0]
+    torch.testing.assert_close(latents, mean, atol=1e-4, rtol=0)
+    assert (mean[1:] - mean[:-1]).abs().amax((1, 2, 3)).min() > 1e-2  # they differ
+
+
 def test_a_small_encoder_is_asked_for_the_teachers_moments():
     described = {**dataclasses.asdict(AutoencoderConfig(8, (1, 2), 1, 4, 0, "compact"))}
     teacher = Autoencoder(**described)
