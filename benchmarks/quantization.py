@@ -1,16 +1,19 @@
 """Our INT8 beside that of ONNX Runtime, NNCF and optimum: one model, one interleaved run, every engine against torch.
 
-    .venv/bin/python benchmarks/quantization.py unet71m|decoder12m|reference [--work DIR] [--only ROW] [--json FILE]
+    .venv/bin/python benchmarks/quantization.py MODEL [--work DIR] [--only ROW] [--rounds N] [--threads N] [--json FILE]
 
 - `unet71m`: diffusers' UNet2DConditionModel, 71.2 M parameters (block_out_channels 128, 256, 512; two layers per
   block; cross-attention 256; attention_head_dim 8), latents 1x4x32x32, context 1x16x256; random weights, fixed seed
 - `decoder12m`: the decoder of diffusers' AutoencoderKL, 12.4 M parameters (64, 128, 256, 256), to 256x256; likewise
+- `sd15`: UNet2DConditionModel as diffusers has it, cross-attention 768: the size of Stable Diffusion 1.5's, 859.5 M
+  parameters, latents 1x4x64x64, context 1x77x768; random weights. 20 GB of disk, 16 GB of memory
 - `reference`: the U-Net of the shipped text-to-emoji model
 
 Every engine is calibrated on the same samples: of the U-Net's own trajectories, and for the decoder their last
 latents. PSNR is that of the output against torch fp32 on other trajectories, peak: the range of the reference. What is
 built lies in DIR (build/quantization) and is not built again, so that a run that was killed goes on with the next row;
-the measurement at the end is one run of everything. A row that fails stays in the table with its reason.
+the measurement at the end is one run of everything. Each row is built by a process of its own, whose memory, with that
+of all processes it starts, is watched (Linux). A row that fails stays in the table with its reason.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -37,7 +41,14 @@ from ldm_deploy.export.to_onnx import component_axes, export_module
 from ldm_deploy.export.to_openvino import to_openvino
 from ldm_deploy.models.components import SIGNATURES
 from ldm_deploy.progress import note
-from ldm_deploy.quantize.calibration import CalibrationSet, Samples, collect, read_calibration, write_calibration
+from ldm_deploy.quantize.calibration import (
+    PROMPTS,
+    CalibrationSet,
+    Samples,
+    collect,
+    read_calibration,
+    write_calibration,
+)
 from ldm_deploy.quantize.candidates import quantize_component
 from ldm_deploy.quantize.kit import Kit
 from ldm_deploy.quantize.onnxruntime_cpu import OnnxRuntimeKit
@@ -47,17 +58,33 @@ from ldm_deploy.runtime.engines import OnnxRuntimeEngine
 from ldm_deploy.runtime.pipeline import Pipeline
 
 SEED = 0
-CONTEXT = (16, 256)  # tokens, channels
-TRAJECTORIES = ((10, True), (10, False))
+CONTEXTS = {"unet71m": (16, 256), "sd15": (77, 768)}  # tokens, channels
+LATENTS = {"unet71m": 32, "sd15": 64}
+# (Steps, with guidance) of what is calibrated with, and of what is judged with; of all prompts a step of sd15 takes a
+# minute.
+DRAWN = {"calibration": ((10, True), (10, False)), "probes": ((4, True),)}
+DRAWN_SD15 = {"calibration": ((4, False),), "probes": ((2, False),)}
 PARITY = 0.1  # as in eval/budgets.toml
 TORCH = "torch eager fp32"
-COMPONENTS = {"unet71m": "unet", "decoder12m": "vae_decoder", "reference": "unet"}
+COMPONENTS = {"unet71m": "unet", "decoder12m": "vae_decoder", "sd15": "unet", "reference": "unet"}
 
 Spec = dict[str, Any]
 
 
-def build_unet() -> Any:
-    """The 71 M U-Net as a module with the contract's signature."""
+UNETS: dict[str, dict[str, Any]] = {
+    "unet71m": {
+        "block_out_channels": (128, 256, 512),
+        "layers_per_block": 2,
+        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        "attention_head_dim": 8,
+    },
+    "sd15": {},
+}
+
+
+def build_unet(model: str) -> Any:
+    """One of `UNETS` as a module with the contract's signature."""
     import diffusers
     import torch
 
@@ -65,15 +92,7 @@ def build_unet() -> Any:
         def __init__(self) -> None:
             super().__init__()
             unet: Any = diffusers.UNet2DConditionModel
-            self.unet = unet(
-                sample_size=32,
-                block_out_channels=(128, 256, 512),
-                layers_per_block=2,
-                down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-                up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-                cross_attention_dim=CONTEXT[1],
-                attention_head_dim=8,
-            )
+            self.unet = unet(sample_size=LATENTS[model], cross_attention_dim=CONTEXTS[model][1], **UNETS[model])
 
         def forward(self, sample: Any, timestep: Any, encoder_hidden_states: Any) -> Any:
             return self.unet(sample, timestep, encoder_hidden_states, return_dict=False)[0]
@@ -113,8 +132,10 @@ def build_reference_unet() -> Any:
 
 
 BUILDERS: dict[str, Callable[[], Any]] = {
-    "unet71m": build_unet, "decoder12m": build_decoder, "reference": build_reference_unet,
-}  # fmt: skip
+    **{model: functools.partial(build_unet, model) for model in UNETS},
+    "decoder12m": build_decoder,
+    "reference": build_reference_unet,
+}
 
 
 def torch_engine(model: str, threads: int) -> Any:
@@ -128,23 +149,28 @@ def torch_engine(model: str, threads: int) -> Any:
 
 
 class Words:
-    """Stands for a tokenizer and a text encoder: every prompt has a random context of its own."""
+    """Stands for a tokenizer and a text encoder: every prompt has a random context of its own, (tokens, channels)."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        self.shape = shape
 
     def encode(self, prompts: Sequence[str]) -> np.ndarray:
         return np.array([[sum(map(ord, prompt))] for prompt in prompts])
 
     def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        rows = [np.random.default_rng(int(ids[0])).standard_normal(CONTEXT, np.float32) for ids in feeds["input_ids"]]
+        seeds = feeds["input_ids"][:, 0].tolist()
+        rows = [np.random.default_rng(seed).standard_normal(self.shape, np.float32) for seed in seeds]
         return {"encoder_hidden_states": np.stack(rows)}
 
 
-def random_pipeline(unet: Any) -> Pipeline:
-    """A pipeline around the 71 M U-Net."""
-    model = {"default_size": (32, 32), "size_multiple": 4, "downsampling": 1, "latent_channels": 4, "scale_factor": 1.0}
+def random_pipeline(model_name: str, unet: Any) -> Pipeline:
+    """A pipeline around one of `UNETS`."""
+    size = (LATENTS[model_name],) * 2
+    model = {"default_size": size, "size_multiple": 8, "downsampling": 1, "latent_channels": 4, "scale_factor": 1.0}
     # Taken as v, what random weights predict leaves latents near unit variance, where a trained model keeps them. Taken
     # as epsilon it drives their standard deviation to 14, and INT8 would be calibrated for that.
     schedule = Schedule(prediction_type="v_prediction")
-    words: Any = Words()
+    words: Any = Words(CONTEXTS[model_name])
     defaults = {"sampler": "ddim", "steps": 10, "guidance_scale": 3.0}
     return Pipeline({"unet": unet, "text_encoder": words}, words, model, schedule, defaults)
 
@@ -156,11 +182,12 @@ def prepare(model: str, folder: Path, threads: int | None) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
+    module = BUILDERS[model]()
     rows: dict[str, Samples] = {}
     if model == "decoder12m":
         unet = folder.parent / "unet71m" / "fp32.onnx"
         prepare("unet71m", unet.parent, threads)
-        pipeline = random_pipeline(OnnxRuntimeEngine(unet, threads=threads))
+        pipeline = random_pipeline("unet71m", OnnxRuntimeEngine(unet, threads=threads))
         for part, count in (("calibration", 8), ("probes", 2)):
             seeds = [1000 * len(rows) + number for number in range(count)]
             latents = pipeline.sample_latents([f"{part} {seed}" for seed in seeds], seed=seeds, steps=10)
@@ -178,18 +205,15 @@ def prepare(model: str, folder: Path, threads: int | None) -> None:
         else:
             from ldm_deploy.models.torch_engine import TorchEngine
 
-            pipeline = random_pipeline(TorchEngine("unet", BUILDERS[model]()))
-        for part, prompts, trajectories in (
-            ("calibration", ("red apple", "cat face"), TRAJECTORIES),
-            ("probes", ("rocket",), ((4, True),)),
-        ):
+            pipeline = random_pipeline(model, TorchEngine("unet", module))
+        for part, trajectories in (DRAWN_SD15 if model == "sd15" else DRAWN).items():
+            prompts = PROMPTS if part == "calibration" else ("rocket",)
             data = collect(
                 pipeline, "", seed=SEED + len(rows), prompts=prompts, trajectories=trajectories, per_stratum=1,
                 decode=False,
             )  # fmt: skip
             rows[part] = data.samples("unet")
         example = {name: np.concatenate([value[:1], value[:1]]) for name, value in rows["probes"].arrays.items()}
-    module = BUILDERS[model]()
     export_module(
         module, example, *component_axes(component, factor, SIGNATURES[component]), folder / "fp32.onnx",
         component=component,
@@ -312,12 +336,8 @@ ROWS: dict[str, Row] = {
 
 
 def build_row(name: str, model: str, folder: Path, threads: int | None) -> dict[str, Any]:
-    """{"spec", "seconds", "size_bytes", "psnr_db"} or {"failed": reason}; kept in `folder`."""
-    out = folder / "".join(letter if letter.isalnum() else "-" for letter in name)
-    done = out / "row.json"
-    if done.is_file():
-        kept: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
-        return kept
+    """{"spec", "seconds", "size_bytes", "psnr_db", "about"} or {"failed": reason}; in this process."""
+    out = row_folder(folder, name)
     out.mkdir(parents=True, exist_ok=True)
     note(f"{model}: {name}")
     start = time.monotonic()
@@ -325,18 +345,60 @@ def build_row(name: str, model: str, folder: Path, threads: int | None) -> dict[
         spec = ROWS[name](model, folder, out, threads)
         about = spec.pop("about", None)
         path = Path(spec["path"])
-        row = {
+        return {
             "spec": spec,
             "seconds": round(time.monotonic() - start, 1),
-            "size_bytes": path.stat().st_size
-            + (path.with_suffix(".bin").stat().st_size if path.suffix == ".xml" else 0),
+            "size_bytes": sum(file.stat().st_size for file in weights_beside(path) if file.is_file()),
             "psnr_db": _psnr(spec, folder, threads),
             "about": about,
         }
     except Exception as error:  # a peer's failure is a row, whatever it is
-        row = {"failed": next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)}
-    atomic_write_json(done, row)
-    return row
+        return {"failed": next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)}
+
+
+def weights_beside(path: Path) -> list[Path]:
+    """An engine's file and where its weights may be."""
+    return [path, path.with_suffix(".bin") if path.suffix == ".xml" else path.with_name(f"{path.name}.data")]
+
+
+def row_folder(folder: Path, name: str) -> Path:
+    """Where a row's files are, row.json among them."""
+    return folder / "".join(letter if letter.isalnum() else "-" for letter in name)
+
+
+def built_row(name: str, model: str, work: Path, threads: int | None) -> dict[str, Any]:
+    """What `build_row` says in a process of its own, and `peak_memory_bytes`; kept beside the row's files."""
+    done = row_folder(work / model, name) / "row.json"
+    if not done.is_file():
+        command = [sys.executable, __file__, model, "--work", str(work), "--only", name]
+        process = subprocess.Popen([*command, *(["--threads", str(threads)] if threads else [])])
+        peak = 0
+        while process.poll() is None:
+            peak = max(peak, family_bytes(process.pid))
+            time.sleep(0.25)
+        row = {"failed": f"its process ended with {process.returncode}"}
+        if done.is_file():
+            row = json.loads(done.read_text(encoding="utf-8"))
+        atomic_write_json(done, row | {"peak_memory_bytes": peak})
+    kept: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
+    return kept
+
+
+def family_bytes(pid: int) -> int:
+    """Resident memory of a process and of all that it started, pages that they share counted once (proc(5): Pss)."""
+    total = 0
+    try:
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines():
+            if line.startswith("Pss:"):
+                total = int(line.split()[1]) * 1024
+        children = [
+            int(child)
+            for thread in Path(f"/proc/{pid}/task").iterdir()
+            for child in (thread / "children").read_text(encoding="ascii").split()
+        ]
+    except OSError:  # it ended meanwhile
+        return total
+    return total + sum(family_bytes(child) for child in children)
 
 
 def _samples(model: str, folder: Path) -> Samples:
@@ -360,14 +422,11 @@ def _psnr(spec: Spec, folder: Path, threads: int | None) -> float:
     return float(psnr_db_of(mse, peak=float(np.ptp(expected))))
 
 
-def benchmark(model: str, work: Path, rounds: int, threads: int | None, only: str | None) -> dict[str, Any]:
+def benchmark(model: str, work: Path, rounds: int, threads: int | None) -> dict[str, Any]:
     """Build what is missing, measure everything in one run."""
     folder = work / model
     prepare(model, folder, threads)
-    names = [name for name in ROWS if only is None or name == only]
-    rows = {name: build_row(name, model, folder, threads) for name in names}
-    if only is not None:
-        return {"model": model, "rows": rows, "machine": machine(threads)}
+    rows = {name: built_row(name, model, work, threads) for name in ROWS}
     count = machine(threads)["threads"]
     specs: dict[str, Spec] = {
         TORCH: {
@@ -399,11 +458,11 @@ def show(result: dict[str, Any]) -> None:
     """A table for docs/quantization.md."""
     computer = result["machine"]
     print(f"{result['model']}: {computer['cpu']}, {computer['threads']} threads, {', '.join(computer['isa'])}\n")
-    print("| engine | ms | against torch | against ONNX Runtime fp32 | PSNR dB | MB | built in s |")
-    print("|---|---:|---:|---:|---:|---:|---:|")
+    print("| engine | ms | against torch | against ONNX Runtime fp32 | PSNR dB | MB | built in s | with GB |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|")
     for name, row in sorted(result["rows"].items(), key=lambda item: item[0] != TORCH):
         if "failed" in row:
-            print(f"| {name} | failed: {row['failed'][:120]} | | | | | |")
+            print(f"| {name} | failed: {row['failed'][:120]} | | | | | | |")
             continue
         ratios = [
             f"{one['median']:.2f}x ({one['ci95_low']:.2f}–{one['ci95_high']:.2f})" if one else "–"
@@ -412,19 +471,26 @@ def show(result: dict[str, Any]) -> None:
         quality = f"{row['psnr_db']:.1f}" if "psnr_db" in row else "–"
         size = f"{row['size_bytes'] / 1e6:.1f}" if "size_bytes" in row else "–"
         latency = f"{row['latency_ms']['median']:.1f}" if "latency_ms" in row else "–"
-        print(f"| {name} | {latency} | {' | '.join(ratios)} | {quality} | {size} | {row.get('seconds', '–')} |")
+        memory = f"{row['peak_memory_bytes'] / 1e9:.1f}" if row.get("peak_memory_bytes") else "–"
+        cells = [name, latency, *ratios, quality, size, row.get("seconds", "–"), memory]
+        print("".join(f"| {cell} " for cell in cells) + "|")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("model", choices=tuple(COMPONENTS))
     parser.add_argument("--work", type=Path, default=Path("build/quantization"), help="where engines are kept")
-    parser.add_argument("--only", choices=tuple(ROWS), default=None, help="build this row and measure nothing")
+    parser.add_argument("--only", choices=tuple(ROWS), default=None, help="build this row here and measure nothing")
     parser.add_argument("--rounds", type=int, default=30, help="interleaved rounds of the measurement")
     parser.add_argument("--threads", type=int, default=None, help="threads per engine (default: all)")
     parser.add_argument("--json", type=Path, default=None, help="write the result there")
     options = parser.parse_args()
-    result = benchmark(options.model, options.work, options.rounds, options.threads, options.only)
+    if options.only is not None:
+        prepare(options.model, options.work / options.model, options.threads)
+        row = build_row(options.only, options.model, options.work / options.model, options.threads)
+        atomic_write_json(row_folder(options.work / options.model, options.only) / "row.json", row)
+        return 0
+    result = benchmark(options.model, options.work, options.rounds, options.threads)
     if options.json is not None:
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     show(result)

@@ -27,17 +27,43 @@ if TYPE_CHECKING:
 FORMAT = 1
 Arrays = dict[str, np.ndarray]
 
-# Captions that are not among the report's prompts: what is judged must not have been seen.
+# Captions that are not among the report's prompts: what is judged must not have been seen. Of all lengths, as what the
+# text encoder says of the last of a long one, or of padding, no short one shows.
 PROMPTS = (
     "green apple",
-    "dog face",
+    "a dog's face, close up",
     "hot dog",
-    "airplane",
+    "an airplane above the clouds at sunset, photograph",
     "blue heart",
-    "crying face",
+    "portrait of an old fisherman, oil on canvas",
     "snowflake",
-    "house",
+    "a small wooden house beside a frozen lake, mountains behind it, early morning, soft light, highly detailed",
+    "crying face",
+    "three cups of tea on a table",
+    "city",
+    "a red bicycle leaning against a yellow wall",
+    "watercolor of a lighthouse in a storm",
+    "black and white photo of a street musician",
+    "tree",
+    "isometric drawing of a tiny kitchen with plants, cutlery and a cat asleep on the window sill, pastel colors, 3d",
+    "a bowl of ramen",
+    "an astronaut riding a horse",
+    "logo of a coffee shop, flat, minimal",
+    "forest path in autumn",
+    "a child's drawing of a dragon",
+    "macro shot of a bee on a purple flower, shallow depth of field",
+    "stained glass window",
+    "a train crossing a stone bridge, steam, wide angle, cinematic, dramatic sky, seen from the valley below",
+    "pencil sketch of hands",
+    "a pile of old books",
+    "neon sign in the rain at night",
+    "a glass of water",
+    "map of an imaginary island with rivers, roads, three harbors and a volcano, ink on parchment, ornate border",
+    "sand dunes",
+    "a robot watering tomatoes",
+    "white cat",
 )
+PER_WALK = 8  # prompts that a trajectory is drawn for; the next one takes the next
 TIMESTEP_BINS = 10
 PER_STRATUM = 2  # samples kept per timestep bin and kind of call
 DECODER_SAMPLES = 16
@@ -197,14 +223,15 @@ def collect(
 ) -> CalibrationSet:
     """Draw seeded trajectories with an fp32 pipeline and keep a stratified choice of what its engines were fed.
 
-    `source`: digest of the model. `prompts`: None takes what the model's training left for this. `trajectories`: steps
-    and whether guidance is used; a student of few steps is drawn in those that it was distilled for. Memory: at most
+    `source`: digest of the model. `prompts`: None takes `general_prompts`. `trajectories`: steps
+    and whether guidance is used; a student of few steps is drawn in those that it was distilled for. Each is drawn for
+    `PER_WALK` prompts, in turn: samples of one prompt would let a range fit that prompt. Memory: at most
     per_stratum x 3 x TIMESTEP_BINS U-Net rows and DECODER_SAMPLES latents, whatever `prompts` and `trajectories` are.
     The same arguments give the same set. `decode` False leaves the decoder out.
     """
     from ldm_deploy.progress import task
 
-    prompts = fitting_prompts(pipeline, prompts or pipeline.model.get("prompts", {}).get("calibration", PROMPTS))
+    prompts = fitting_prompts(pipeline, prompts or general_prompts(pipeline.model))
     student, guidance = pipeline.model.get("distilled"), pipeline.guidance_scale
     walks = [(steps, guidance if guided else 1.0) for steps, guided in trajectories]
     if student is not None:  # it knows its own steps only, and one kind of call: the guidance is an input
@@ -219,10 +246,12 @@ def collect(
     with task("collecting calibration data", sum(steps for steps, _ in walks)) as advance:
         for number, (steps, scale) in enumerate(walks):
             collector.guided = scale != 1.0 and student is None
-            seeds = [10_000 + 1000 * seed + 100 * number + index for index in range(len(prompts))]
+            first, count = PER_WALK * number, min(PER_WALK, len(prompts))
+            chosen = [prompts[(first + index) % len(prompts)] for index in range(count)]
+            seeds = [10_000 + 1000 * seed + 100 * number + index for index in range(count)]
             draw = tapped if decode else tapped.sample_latents
             draw(
-                list(prompts), seed=seeds, steps=steps, guidance_scale=scale,
+                chosen, seed=seeds, steps=steps, guidance_scale=scale,
                 on_step=lambda *_: advance(),
             )  # fmt: skip
     details = {
@@ -231,6 +260,14 @@ def collect(
         "trajectories": [{"steps": steps, "guidance_scale": scale} for steps, scale in walks],
     }
     return CalibrationSet(source, collector.arrays(), details)
+
+
+def general_prompts(model: Mapping[str, Any]) -> list[str]:
+    """What the model's training left for this and, where that is little, `PROMPTS`; none that a report draws."""
+    known = model.get("prompts", {})
+    own = list(known.get("calibration", ()))
+    more = [text for text in PROMPTS if text not in own and text not in known.get("report", ())]
+    return own + more[: max(0, len(PROMPTS) - len(own))]
 
 
 def fitting_prompts(pipeline: Pipeline, prompts: Sequence[str]) -> list[str]:

@@ -56,29 +56,33 @@ def quantized_layers(model: Any) -> set[str]:
     return {
         node.get_friendly_name()
         for node in _products(model)
-        if any(_find_quantize(node, index) is not None for index in (0, 1))
+        if any(_reads_quantized(node.input_value(index)) for index in (0, 1))
     }
 
 
 def restore(model: Any, original: Any, names: Collection[str]) -> None:
-    """Bring the layers `names` of a quantized model back to float, with the weights they have in `original`."""
+    """Bring the layers `names` of a quantized model back to float, with the weights they have in `original`.
+
+    With them goes every FakeQuantize that no other layer reads: NNCF rounds skip connections, what is upsampled and
+    even the sines of the timestep, for layers behind them, and what reads those in float would read them rounded.
+    """
     import openvino
 
     before = {node.get_friendly_name(): node for node in _products(original)}
+    kept = quantized_layers(model) - set(names)
     for node in _products(model):
-        name = node.get_friendly_name()
-        if name not in names:
-            continue
-        for index in (0, 1):
-            edge = _find_quantize(node, index)
-            if edge is not None:
-                source = edge.get_source_output().get_node().input_value(0)
-                if source.get_node().get_friendly_name().endswith(SMOOTH):
-                    source = source.get_node().input_value(0)
-                edge.replace_source_output(source)
-        if follows_from_constants(node.input_value(1)):
-            weight = _constant_value(before[name].input_value(1))
+        if node.get_friendly_name() in names and follows_from_constants(node.input_value(1)):
+            weight = _constant_value(before[node.get_friendly_name()].input_value(1))
             node.input(1).replace_source_output(openvino.opset13.constant(weight).output(0))
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "FakeQuantize" or follows_from_constants(node.input_value(0)):
+            continue
+        source = node.input_value(0)
+        if source.get_node().get_friendly_name().endswith(SMOOTH):
+            source = source.get_node().input_value(0)
+        for edge in node.output(0).get_target_inputs():
+            if not _leads_to(edge.get_node(), kept):
+                edge.replace_source_output(source)
     model.validate_nodes_and_infer_types()
 
 
@@ -86,17 +90,21 @@ def _products(model: Any) -> list[Any]:
     return [node for node in model.get_ordered_ops() if node.get_type_name() in (*CONVOLUTIONS, "MatMul")]
 
 
-def _find_quantize(node: Any, index: int) -> Any:
-    """The edge (an input of `node` or of what stands before it) that comes from a FakeQuantize of activations."""
-    edge = node.input(index)
-    while True:
-        source = edge.get_source_output().get_node()
-        kind = source.get_type_name()
-        if kind == "FakeQuantize":
-            return None if follows_from_constants(source.input_value(0)) else edge
-        if kind not in PASSING:
-            return None
-        edge = source.input(0)
+def _reads_quantized(value: Any) -> bool:
+    """Whether activations come from a FakeQuantize."""
+    node = value.get_node()
+    if node.get_type_name() == "FakeQuantize":
+        return not follows_from_constants(node.input_value(0))
+    if node.get_type_name() == "Concat":
+        return any(_reads_quantized(part) for part in node.input_values())
+    return node.get_type_name() in PASSING and _reads_quantized(node.input_value(0))
+
+
+def _leads_to(node: Any, names: Collection[str]) -> bool:
+    """Whether a node is one of the layers `names`, or passes its values on to one."""
+    if node.get_type_name() not in (*PASSING, "Concat", "FakeQuantize"):
+        return node.get_friendly_name() in names
+    return any(_leads_to(edge.get_node(), names) for output in node.outputs() for edge in output.get_target_inputs())
 
 
 def follows_from_constants(output: Any) -> bool:

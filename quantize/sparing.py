@@ -32,7 +32,7 @@ def spare(
 
     Nodes are ranked by the error that each causes alone in the component's output (`ranking`); those at the head of the
     list are spared. `alone` keeps these errors for the next recipe. None, and no file, if even `MOST` of the nodes are
-    not enough.
+    not enough, or cannot be (`hopeless`).
     """
 
     def build(kept: Sequence[str], within: float) -> tuple[AnyRecipe, ParityResult]:
@@ -53,7 +53,8 @@ def spare(
         return None  # without names of their own nodes cannot be told apart
     most, due = int(MOST * len(names)), 1
     ranked: list[str] = []
-    for name, left in ranking(names, error, {} if alone is None else alone) if most else ():
+    stop = functools.partial(hopeless, most=most, limit=limit)
+    for name, left in ranking(names, error, {} if alone is None else alone, stop) if most else ():
         ranked.append(name)
         if len(ranked) < most and (left > MARGIN * limit or len(ranked) < due):
             continue
@@ -68,27 +69,41 @@ def spare(
     return None
 
 
+def hopeless(found: int, errors: Sequence[float], most: int, limit: float) -> bool:
+    """Whether `most` names, `found` of them known, leave more than `limit` whichever they are.
+
+    `errors`: of the groups in which the others are. If a single name of a group causes all of its error, sparing that
+    one removes it; more than that no choice can.
+    """
+    return math.sqrt(sum(error**2 for error in heapq.nsmallest(len(errors) - (most - found), errors))) > limit
+
+
 def ranking(
-    names: Sequence[str], error: Callable[[Sequence[str]], float], alone: dict[str, float]
+    names: Sequence[str],
+    error: Callable[[Sequence[str]], float],
+    alone: dict[str, float],
+    stop: Callable[[int, Sequence[float]], bool] = lambda found, errors: False,
 ) -> Iterator[tuple[str, float]]:
     """(name, error that is left without it and those before it), the name that causes the largest error first.
 
     `error` measures a group, the costly step: whichever group has the largest error is halved. Squared errors add up
     (those of nodes are hardly correlated), so that one half tells of the other, which is measured only when its turn
     comes. The first few of a hundred are known after some thirty measurements. `alone`: errors of single names, known
-    and found.
+    and found. Ends early if `stop`, given how many names were found and the errors of the groups left, says so.
     """
+    found = 0
     rest = tuple(name for name in names if name not in alone)
     groups: list[tuple[float, tuple[str, ...], bool]] = []  # minus the error, names, whether it was measured
     groups += [(-alone[name], (name,), True) for name in names if name in alone]
     groups += [(-error(rest), rest, True)] if rest else []
     heapq.heapify(groups)
-    while groups:
+    while groups and not stop(found, [-negative for negative, *_ in groups]):
         negative, group, measured = heapq.heappop(groups)
         if not measured:
             heapq.heappush(groups, (-error(group), group, True))
         elif len(group) == 1:
             alone[group[0]] = -negative
+            found += 1
             yield group[0], math.sqrt(sum(other**2 for other, *_ in groups))
         else:
             first, second = group[: len(group) // 2], group[len(group) // 2 :]

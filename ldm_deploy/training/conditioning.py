@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ldm_deploy.models.reference import Reference
 
 REPORT_PROMPTS = 24
-CALIBRATION_PROMPTS = 8
+CALIBRATION_PROMPTS = 32
 
 
 @dataclass

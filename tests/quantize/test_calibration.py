@@ -12,14 +12,17 @@ import pytest
 
 from ldm_deploy.errors import QuantizationError
 from ldm_deploy.quantize.calibration import (
+    PER_WALK,
     TIMESTEP_BINS,
     CalibrationSet,
     Collector,
     Reservoir,
     collect,
+    general_prompts,
     read_calibration,
     write_calibration,
 )
+from ldm_deploy.quantize.calibration import PROMPTS as GENERAL
 from ldm_deploy.runtime.pipeline import Pipeline, load
 from tests.tiny_bundle import write_tiny_bundle
 
@@ -58,6 +61,29 @@ def test_all_timesteps_and_both_halves_of_guidance_are_in_it(pipeline: Pipeline,
     assert Counter(found)[0] == 20
     assert set(found) == {0, 1, 2}
     assert collected.arrays["vae_decoder"]["latent"].shape == (4, 4, 8, 8)
+
+
+def test_every_trajectory_is_drawn_for_other_prompts(pipeline: Pipeline) -> None:
+    """Samples of few prompts would let ranges fit these, and the choice between methods not see it."""
+    prompts = [f"{number} apples" for number in range(2 * PER_WALK)]
+    found = collect(pipeline, SOURCE, prompts=prompts, trajectories=((1, False), (1, False)), per_stratum=99)
+    ids = pipeline.tokenizer.encode(prompts)
+    contexts = pipeline.components["text_encoder"].run({"input_ids": ids})["encoder_hidden_states"]
+    assert len(np.unique(contexts, axis=0)) == len(prompts)
+    seen = found.arrays["unet"]["encoder_hidden_states"]
+    assert {int(np.argmin(((contexts - one) ** 2).sum((1, 2)))) for one in seen} == set(range(len(prompts)))
+
+
+def test_a_model_that_left_few_prompts_gets_general_ones_that_no_report_draws() -> None:
+    own = {"prompts": {"report": ["hot dog", "sun"], "calibration": ["moon"]}}
+    found = general_prompts(own)
+    assert found[0] == "moon"
+    assert "hot dog" in GENERAL
+    assert not {"hot dog", "sun"} & set(found)
+    assert len(found) == len(set(found)) == len(GENERAL)
+    many = [str(number) for number in range(len(GENERAL))]
+    assert general_prompts({"prompts": {"calibration": many}}) == many
+    assert general_prompts({}) == list(GENERAL)
 
 
 def test_the_pipeline_is_left_as_it_was(pipeline: Pipeline) -> None:

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from ldm_deploy.errors import QuantizationError
 from ldm_deploy.eval.parity import Probe, relative_error, write_probes
@@ -92,6 +94,101 @@ def test_a_graph_with_every_layer_restored_is_the_original(
         engine = OpenVinoEngine(tmp_path / f"{path.stem}.xml", threads=1)
         for probe in probes:
             assert relative_error(probe.outputs["prediction"], engine.run(probe.inputs)["prediction"]) < 1e-5
+
+
+@pytest.fixture(scope="module")
+def skipping(tmp_path_factory: pytest.TempPathFactory) -> tuple[OpenVinoKit, Path]:
+    """The parts of a U-Net that NNCF rounds for the layers behind them, and others read: a skip connection whose
+    concatenation a shortcut and a norm read, an upsampled map, the sines of the timestep. With what it is made from."""
+    draw = np.random.default_rng(0)
+    weights: list[Any] = []
+
+    def constant(name: str, value: np.ndarray) -> str:
+        weights.append(numpy_helper.from_array(value, name))
+        return name
+
+    def conv(source: str, out: str, channels: tuple[int, int], size: int = 3) -> Any:
+        weight = draw.standard_normal((channels[1], channels[0], size, size)).astype(np.float32)
+        name = constant(f"{out}.w", weight / np.float32(np.sqrt(channels[0] * size * size)))
+        return helper.make_node("Conv", [source, name], [out], name=out, pads=[size // 2] * 4)
+
+    frequencies = constant("frequencies", np.linspace(0.1, 2, 8, dtype=np.float32)[None])
+    product = constant("embed.w", draw.standard_normal((16, 16)).astype(np.float32) / 4)
+    scales = constant("scales", np.array([1, 1, 2, 2], np.float32))
+    node = helper.make_node
+    nodes = [
+        node("Mul", ["t", frequencies], ["angles"]),
+        node("Sin", ["angles"], ["sin"]), node("Cos", ["angles"], ["cos"]),
+        node("Concat", ["sin", "cos"], ["sines"], axis=1),
+        node("MatMul", ["sines", product], ["embed"], name="embed"),
+        conv("x", "first", (8, 16)), node("Tanh", ["first"], ["down"]),
+        conv("down", "middle", (16, 16)), node("Tanh", ["middle"], ["up"]),
+        node("Concat", ["down", "up"], ["joined"], axis=1),
+        conv("joined", "shortcut", (32, 16), 1),
+        node("Exp", ["joined"], ["normed"]), conv("normed", "inner", (32, 16)),
+        node("Add", ["shortcut", "inner"], ["level"]),
+        node("Resize", ["level", "", scales], ["large"], mode="nearest", nearest_mode="floor",
+             coordinate_transformation_mode="asymmetric"),
+        conv("large", "last", (16, 8)),
+    ]  # fmt: skip
+    shapes = {"x": ["n", 8, 8, 8], "t": ["n", 1], "last": ["n", 8, 16, 16], "embed": ["n", 16]}
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()]
+    graph = helper.make_graph(nodes, "g", values[:2], values[2:], weights)
+    folder = tmp_path_factory.mktemp("skipping")
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), str(folder / "g.onnx")
+    )
+    kit = OpenVinoKit(to_xml(folder / "g.onnx", folder / "g.xml"), threads=1)
+    x, t = draw.standard_normal((16, 8, 8, 8)).astype(np.float32), np.arange(16, dtype=np.float32)[:, None]
+    kit.calibrate(Samples({"x": x[:8], "t": t[:8]}), Samples({"x": x[8:], "t": t[8:]}), folder)
+    return kit, folder
+
+
+def left_in_float(kit: OpenVinoKit, folder: Path, *names: str) -> tuple[float, int]:
+    """Relative error with these layers in float, and how many activations are rounded."""
+    recipe = replace(kit.settle(OpenVinoRecipe()), keep_float=names)
+    model = openvino.Core().read_model(kit._path(recipe))
+    original = openvino.Core().read_model(kit.model_path)
+    restore(model, original, names)
+    openvino.save_model(model, folder / "some.xml", compress_to_fp16=False)
+    feeds = {"x": np.random.default_rng(5).standard_normal((2, 8, 8, 8), np.float32), "t": np.array([[1], [9]], "f4")}
+    found, expected = (OpenVinoEngine(file, threads=1).run(feeds) for file in (folder / "some.xml", kit.model_path))
+    rounded = [
+        node for node in model.get_ordered_ops()
+        if node.get_type_name() == "FakeQuantize" and node.input_value(0).get_node().get_type_name() != "Constant"
+    ]  # fmt: skip
+    return max(relative_error(expected[name], found[name]) for name in expected), len(rounded)
+
+
+def test_what_no_int8_layer_reads_is_rounded_for_nobody(skipping: tuple[OpenVinoKit, Path]) -> None:
+    kit, folder = skipping
+    original = openvino.Core().read_model(kit.model_path)
+    layers = [layer.name for layer in layers_of(original)]
+    assert set(quantized_layers(openvino.Core().read_model(kit._path(kit.settle(OpenVinoRecipe()))))) == set(layers)
+    error, rounded = left_in_float(kit, folder, *layers)
+    assert rounded == 0
+    assert error < 1e-5
+    # One layer stays in INT8; what others read was rounded before and is not any more.
+    for name, sources in (("shortcut", 2), ("last", 2), ("inner", 1), ("embed", 2)):
+        error, rounded = left_in_float(kit, folder, *(other for other in layers if other != name))
+        assert 1 <= rounded <= sources, name
+        assert 1e-5 < error < 0.05, name
+
+
+def test_what_one_sample_alone_reaches_is_not_cut_off(skipping: tuple[OpenVinoKit, Path], tmp_path: Path) -> None:
+    """As one timestep may: its activations are the largest, and of all samples' maxima the mean is far below."""
+    kit, _ = skipping
+    x, t = np.random.default_rng(0).standard_normal((8, 8, 8, 8)).astype(np.float32), np.zeros((8, 1), np.float32)
+    x[3] *= 10
+    openvino_cpu.quantize_file(kit.model_path, tmp_path / "q.xml", Samples({"x": x, "t": t}), OpenVinoRecipe())
+    nodes = openvino.Core().read_model(tmp_path / "q.xml").get_ordered_ops()
+    (first,) = (
+        node for node in nodes
+        if node.get_type_name() == "FakeQuantize" and node.input_value(0).get_node().get_friendly_name() == "x"
+    )  # fmt: skip
+    low, high = (float(first.input_value(place).get_node().data.ravel()[0]) for place in (1, 2))
+    assert 0.98 * x.max() < high < 1.1 * x.max()
+    assert 1.1 * x.min() < low < 0.98 * x.min()
 
 
 def test_what_is_read_back_is_what_the_recipe_chose(kit: OpenVinoKit, probes: list[Probe], tmp_path: Path) -> None:

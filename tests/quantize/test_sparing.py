@@ -23,7 +23,7 @@ from ldm_deploy.quantize.kit import LayerInfo
 from ldm_deploy.quantize.onnxruntime_cpu import RECIPES, OnnxRuntimeKit
 from ldm_deploy.quantize.qdq import select_nodes
 from ldm_deploy.quantize.sizes import size_limit
-from ldm_deploy.quantize.sparing import fewest, ranking, spare
+from ldm_deploy.quantize.sparing import fewest, hopeless, ranking, spare
 from ldm_deploy.runtime.engines import OnnxRuntimeEngine
 
 WIDTH = 32
@@ -115,6 +115,28 @@ def test_the_worst_of_many_are_found_with_few_measurements(known: dict[str, floa
     assert [name for name, _ in found] == ["n7", "n100", "n8"]
     assert found[-1][1] == pytest.approx(0.01 * math.sqrt(115), rel=1e-6)
     assert len(asked) <= 30
+
+
+@pytest.mark.parametrize("bad", [0, 20])
+def test_where_too_many_err_it_is_given_up_early(bad: int) -> None:
+    """Of 132 nodes 33 may be spared. 99 that err alike leave too much, and that is known before each is measured."""
+    errors = {f"n{index}": 0.5 if index < bad else 0.02 for index in range(132)}
+    asked: list[int] = []
+
+    def error(group: Sequence[str]) -> float:
+        asked.append(len(group))
+        return math.sqrt(sum(errors[name] ** 2 for name in group))
+
+    list(itertools.islice(ranking(list(errors), error, {}), 33))
+    without = len(asked)
+    asked.clear()
+    limit = 0.06  # 99 nodes at 0.02 have 0.199
+    found = list(ranking(list(errors), error, {}, lambda *left: hopeless(*left, most=33, limit=limit)))
+    assert len(found) < 33
+    assert len(asked) < 0.75 * without
+    asked.clear()
+    within = list(ranking(list(errors), error, {}, lambda *left: hopeless(*left, most=33, limit=0.2)))
+    assert len(within) >= 33, "what can be kept is not given up"
 
 
 def test_a_group_whose_error_is_not_finite_is_looked_at_whole() -> None:

@@ -109,11 +109,11 @@ def test_an_unconditional_model_needs_no_captions_and_no_guidance(folder, tmp_pa
 
 
 def test_prompts_are_the_preferred_ones_if_the_data_has_them():
-    texts = [f"{index:02d}" for index in range(40)] * 2
+    texts = [f"{index:02d}" for index in range(60)] * 2
     assert choose_prompts(texts, ["07", "03"])["report"] == ["07", "03"]
     own = choose_prompts(texts, ["07", "unicorn"])
     assert own["report"] == sorted(own["report"])
-    assert (len(own["report"]), len(own["calibration"])) == (24, 8)
+    assert (len(own["report"]), len(own["calibration"])) == (24, 32)
     assert set(own["report"]).isdisjoint(own["calibration"])
 
 
