@@ -19,7 +19,7 @@ from ldm_deploy.eval.latency import compare_engines
 from ldm_deploy.eval.parity import ParityResult, Probe, compare_outputs, explain
 from ldm_deploy.eval.speedup import speedup
 from ldm_deploy.quantize.calibration import Samples
-from ldm_deploy.quantize.kit import Kit
+from ldm_deploy.quantize.kit import Kit, is_large
 from ldm_deploy.quantize.profile import slower_ops
 from ldm_deploy.quantize.scheme import AnyRecipe
 from ldm_deploy.quantize.sparing import spare
@@ -28,6 +28,7 @@ HELD_OUT = 8  # calibration samples that choose what is not a matter of speed, a
 MINIMUM_SPEEDUP = 1.0  # the lower end of the 95 % interval must be above
 ROUNDS = 40
 TIME_LIMIT_S = 20.0  # of the measurement, per component
+RECIPES_OF_LARGE = 2  # those with most INT8
 
 
 @dataclass
@@ -99,7 +100,7 @@ def build_candidates(component: str, kit: Kit, folder: Path, probes: Sequence[Pr
     candidates: list[Candidate] = []
     same: set[tuple[Any, ...]] = set()
     alone: dict[str, float] = {}
-    for name, recipe in kit.recipes.items():
+    for name, recipe in list(kit.recipes.items())[: RECIPES_OF_LARGE if is_large(kit) else None]:
         path = folder / name / engine_name(component, kit)
         chosen = kit.settle(recipe)
         layers = tuple(layer.name for layer in kit.layers(chosen))
@@ -107,29 +108,36 @@ def build_candidates(component: str, kit: Kit, folder: Path, probes: Sequence[Pr
         if not layers or ((scaling, layers) in same and all(layers)):
             continue  # the graph has no op of this kind, or no other
         same.add((scaling, layers))
-        kit.build(path, chosen)
-        parity = compare_outputs(kit.open(path, chosen), probes, limit)
+        parity, found = judge_parity(kit, path, chosen, probes, limit)
         milder = None if parity.passed else kit.milder(chosen)
         if milder is not None:
-            kit.build(path, milder)
-            better = compare_outputs(kit.open(path, milder), probes, limit)
-            if better.passed:
-                chosen, parity = milder, better
+            better = judge_parity(kit, path, milder, probes, limit)
+            if better[0].passed:
+                chosen, parity, found = milder, *better
         if not parity.passed:
             trial = folder / f"spared{kit.suffix}"
             spared = spare(kit, trial, chosen, probes, limit, alone)
             if spared is not None:
-                chosen, parity = spared
+                chosen = spared[0]
                 for file in kit.files(trial):
                     file.unlink()
-                kit.build(path, chosen)
-        candidate = Candidate(name, path, chosen, parity, kit.found(path, chosen))
+                parity, found = judge_parity(kit, path, chosen, probes, limit)
+        candidate = Candidate(name, path, chosen, parity, found)
         candidate.size_bytes = sum(file.stat().st_size for file in kit.files(path))
         candidate.refused = _wrong(component, kit, candidate)
         candidates.append(candidate)
     if not candidates:
         raise QuantizationError(f"{component} has nothing that a recipe could quantize; leave it out with --component")
     return candidates
+
+
+def judge_parity(
+    kit: Kit, path: Path, recipe: AnyRecipe, probes: Sequence[Probe], limit: float
+) -> tuple[ParityResult, dict[str, int]]:
+    """Build it and open it once: is it the reference, and what runs in which precision."""
+    kit.build(path, recipe)
+    engine = kit.open(path, recipe)
+    return compare_outputs(engine, probes, limit), kit.found(path, engine)
 
 
 def _wrong(component: str, kit: Kit, candidate: Candidate) -> str | None:
@@ -161,29 +169,38 @@ def judge_speed(
     seed: int = 0,
     rounds: int = ROUNDS,
 ) -> None:
-    """Measure all candidates and their siblings in one interleaved run; refuse those not surely faster than each."""
+    """Measure all candidates and their siblings in one interleaved run; refuse those not surely faster than each.
+
+    Of a large component two engines are held at once: each candidate meets each sibling in a run of its own.
+    """
     if not candidates:
         return
     siblings = kit.siblings()
-    specs = siblings | {candidate.name: kit.spec(candidate.path, candidate.recipe) for candidate in candidates}
-    measured = compare_engines(specs, feeds, rounds=rounds, threads=kit.threads, seed=seed, time_limit_s=TIME_LIMIT_S)
-    first, *others = siblings
-    if first in measured["failed"]:
-        raise QuantizationError(f"{component}: the fp32 engine cannot be measured: {measured['failed'][first]}")
+    specs = {candidate.name: kit.spec(candidate.path, candidate.recipe) for candidate in candidates}
+    runs: list[dict[str, Any]] = [siblings | specs]
+    if is_large(kit):
+        runs = [{sibling: siblings[sibling], name: specs[name]} for name in specs for sibling in siblings]
     for candidate in candidates:
-        if candidate.name in measured["failed"]:
-            candidate.refused = f"{component}: INT8 ({candidate.name}) fails: {measured['failed'][candidate.name]}"
-            continue
-        candidate.speedup = measured["speedup"][candidate.name]
+        candidate.comparisons = []
+    for run in runs:
+        measured = compare_engines(run, feeds, rounds=rounds, threads=kit.threads, seed=seed, time_limit_s=TIME_LIMIT_S)
+        first, *others = (name for name in run if name in siblings)
+        if first in measured["failed"]:
+            raise QuantizationError(f"{component}: engine {first} cannot be measured: {measured['failed'][first]}")
         samples = measured.get("samples_ms", {})
-        candidate.comparisons = [
-            measured["speedup"][candidate.name],
-            *(
-                speedup(samples[other], samples[candidate.name], other, seed=seed)
-                for other in others
-                if other in samples
-            ),
-        ]
+        for candidate in candidates:
+            name = candidate.name
+            if name in measured["failed"]:
+                candidate.refused = f"{component}: INT8 ({name}) fails: {measured['failed'][name]}"
+            elif name in run:
+                candidate.comparisons.append(measured["speedup"][name])
+                candidate.comparisons += [
+                    speedup(samples[other], samples[name], other, seed=seed) for other in others if other in samples
+                ]
+    for candidate in candidates:
+        if candidate.refused is not None:
+            continue
+        candidate.speedup = candidate.comparisons[0]
         for comparison in candidate.comparisons:
             if comparison["ci95_low"] <= MINIMUM_SPEEDUP:
                 _explain_slowness(component, kit, candidate, comparison, feeds)

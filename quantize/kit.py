@@ -15,6 +15,7 @@ from ldm_deploy.quantize.profile import NodeTimes, OpCost
 from ldm_deploy.quantize.scheme import AnyRecipe
 
 Spec = dict[str, Any]  # of a worker, see `eval.latency.Worker`
+LARGE_BYTES = 2**30  # of the files of an fp32 engine
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class LayerInfo:
 class Kit(Protocol):
     """Quantizes one fp32 file. `calibrate` comes first; all else may follow in any order."""
 
+    model_path: Path  # the fp32 file
     runtime: str
     title: str  # of the runtime, for people
     suffix: str  # of the file that the runtime opens
@@ -54,8 +56,8 @@ class Kit(Protocol):
 
     def open(self, path: Path, recipe: AnyRecipe) -> Runnable: ...
 
-    def found(self, path: Path, recipe: AnyRecipe) -> dict[str, int]:
-        """Convolutions and products per precision, read back from what the runtime runs."""
+    def found(self, path: Path, engine: Runnable) -> dict[str, int]:
+        """Convolutions and products per precision, read back from what the runtime runs. `engine`: what `open` gave."""
 
     def spec(self, path: Path, recipe: AnyRecipe) -> Spec: ...
 
@@ -72,3 +74,8 @@ class Kit(Protocol):
 
     def profile(self, spec: Spec, feeds: Mapping[str, np.ndarray]) -> list[OpCost]:
         """Kernel time per op type."""
+
+
+def is_large(kit: Kit) -> bool:
+    """Whether an engine takes minutes to make and gigabytes to hold: less is tried then, and less held at once."""
+    return sum(file.stat().st_size for file in kit.files(kit.model_path)) > LARGE_BYTES

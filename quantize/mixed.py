@@ -14,7 +14,7 @@ from ldm_deploy.eval.latency import compare_engines
 from ldm_deploy.eval.parity import Probe, compare_outputs, explain
 from ldm_deploy.eval.speedup import speedup
 from ldm_deploy.progress import task
-from ldm_deploy.quantize.candidates import Candidate, engine_name
+from ldm_deploy.quantize.candidates import Candidate, engine_name, judge_parity
 from ldm_deploy.quantize.drawing import Drawing, image_quality
 from ldm_deploy.quantize.far import Far
 from ldm_deploy.quantize.kit import Kit
@@ -78,9 +78,7 @@ def mix_component(
     if found.best is not None:
         recipe = bench.recipe(found.best.layers)
         path = folder / NAME / engine_name(component, kit)
-        kit.build(path, recipe)
-        parity = compare_outputs(kit.open(path, recipe), probes, limit)
-        candidate = Candidate(NAME, path, recipe, parity, kit.found(path, recipe))
+        candidate = Candidate(NAME, path, recipe, *judge_parity(kit, path, recipe, probes, limit))
         candidate.size_bytes = sum(file.stat().st_size for file in kit.files(path))
     study = describe_study(
         component, kit, widest, layers, latency_ms, None if found.best is None else found.best.layers

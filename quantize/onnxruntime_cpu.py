@@ -23,7 +23,7 @@ from ldm_deploy.eval.parity import Probe, Runnable, compare_outputs
 from ldm_deploy.onnx_graph import load_model, precision_found
 from ldm_deploy.quantize.calibration import Samples
 from ldm_deploy.quantize.cpu import has_vnni
-from ldm_deploy.quantize.kit import LayerInfo, Spec
+from ldm_deploy.quantize.kit import LayerInfo, Spec, is_large
 from ldm_deploy.quantize.observe import Histogram, observe
 from ldm_deploy.quantize.profile import NodeTimes, OpCost, onnxruntime_node_times, profile_ops
 from ldm_deploy.quantize.qdq import insert_qdq, select_nodes, tensors_to_observe
@@ -128,7 +128,7 @@ class OnnxRuntimeKit:
         probes = [Probe(feeds, reference.run(feeds)) for feeds in held_out]
         errors: dict[str, float] = {}
         path = folder / "ranges.onnx"
-        for method in RANGE_METHODS:
+        for method in RANGE_METHODS[: 2 if is_large(self) else None]:
             self._method = method
             recipe = self.settle(next(iter(self.recipes.values())))
             try:
@@ -162,7 +162,7 @@ class OnnxRuntimeKit:
     def open(self, path: Path, recipe: AnyRecipe) -> Runnable:
         return OnnxRuntimeEngine(path, threads=self.threads)
 
-    def found(self, path: Path, recipe: AnyRecipe) -> dict[str, int]:
+    def found(self, path: Path, engine: Runnable) -> dict[str, int]:
         return precision_found(path)
 
     def spec(self, path: Path, recipe: AnyRecipe) -> Spec:

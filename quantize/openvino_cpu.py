@@ -31,8 +31,14 @@ from ldm_deploy.errors import QuantizationError
 from ldm_deploy.eval.parity import Probe, Runnable, compare_outputs
 from ldm_deploy.quantize.calibration import Samples
 from ldm_deploy.quantize.cpu import has_bf16, has_vnni
-from ldm_deploy.quantize.kit import LayerInfo, Spec
-from ldm_deploy.quantize.openvino_graph import follows_from_constants, layers_of, quantized_layers, restore
+from ldm_deploy.quantize.kit import LayerInfo, Spec, is_large
+from ldm_deploy.quantize.openvino_graph import (
+    follows_from_constants,
+    layers_of,
+    make_symmetric,
+    quantized_layers,
+    restore,
+)
 from ldm_deploy.quantize.profile import NodeTimes, OpCost, openvino_node_times, profile_openvino
 from ldm_deploy.quantize.scheme import AnyRecipe, OpenVinoRecipe
 from ldm_deploy.runtime.engine_openvino import OpenVinoEngine
@@ -46,7 +52,8 @@ RECIPES: dict[str, AnyRecipe] = {
     "conv": OpenVinoRecipe(op_types=("Convolution",)),
     "matmul": OpenVinoRecipe(op_types=("MatMul",)),
 }
-ALPHAS = (None, 0.5)  # of SmoothQuant; NNCF's own 0.95 divides by extremes that the next caption exceeds
+# Of SmoothQuant; of a large model the first. NNCF's own 0.95 divides by extremes that the next caption exceeds.
+ALPHAS = (None, 0.5)
 
 
 class OpenVinoKit:
@@ -68,21 +75,24 @@ class OpenVinoKit:
         self.recipes = recipes
         self.threads = threads
         self._bf16 = bf16
-        self._quantized: dict[tuple[float | None, bool], Path] = {}
+        self._quantized: dict[float | None, Path] = {}  # by the alpha of SmoothQuant
         self._alpha: float | None = None
 
     def calibrate(self, observed: Samples, held_out: Samples, folder: Path) -> None:
         """Quantize with each of `ALPHAS` and keep the one that errs least on samples which it has not seen."""
-        check_activations(self.model_path, observed, self.threads)
         engine = OpenVinoEngine(self.model_path, threads=self.threads)
+        check_activations(engine, observed)
         probes = [Probe(feeds, engine.run(feeds)) for feeds in held_out]
+        del engine  # its weights
         errors: dict[float | None, float] = {}
         smoothable = any(layer.kind == "MatMul" for layer in layers_of(_read(self.model_path)))
         trial = folder / "alpha.xml"
-        for alpha in ALPHAS if smoothable else (None,):
+        for alpha in ALPHAS if smoothable and not is_large(self) else ALPHAS[:1]:
             self._alpha = alpha
             recipe = self.settle(next(iter(self.recipes.values())))
-            self._quantize(recipe, observed, folder)
+            assert isinstance(recipe, OpenVinoRecipe)
+            self._quantized[alpha] = folder / f"nncf-{len(self._quantized)}.xml"
+            quantize_file(self.model_path, self._quantized[alpha], observed, recipe)
             try:
                 self.build(trial, recipe)
             except QuantizationError:
@@ -93,17 +103,6 @@ class OpenVinoKit:
             for file in self.files(trial):
                 file.unlink()
         self._alpha = min(errors, key=lambda alpha: errors[alpha] if np.isfinite(errors[alpha]) else np.inf)
-        for recipe in map(self.settle, self.recipes.values()):
-            self._quantize(recipe, observed, folder)
-
-    def _quantize(self, recipe: AnyRecipe, observed: Samples, folder: Path) -> None:
-        """Every layer NNCF can, once per way to scale; recipes that differ in their layers only share the file."""
-        assert isinstance(recipe, OpenVinoRecipe)
-        key = (recipe.smooth_quant_alpha, recipe.symmetric)
-        if key not in self._quantized:
-            path = folder / f"nncf-{len(self._quantized)}.xml"
-            quantize_file(self.model_path, path, observed, recipe)
-            self._quantized[key] = path
 
     def settle(self, recipe: AnyRecipe) -> AnyRecipe:
         assert isinstance(recipe, OpenVinoRecipe)
@@ -137,6 +136,9 @@ class OpenVinoKit:
             )
         model = _read(self._path(recipe))
         restore(model, _read(self.model_path), quantized_layers(model) - chosen)
+        assert isinstance(recipe, OpenVinoRecipe)
+        if recipe.symmetric:
+            make_symmetric(model)
         path.parent.mkdir(parents=True, exist_ok=True)
         openvino.save_model(model, path, compress_to_fp16=False)
 
@@ -146,8 +148,9 @@ class OpenVinoKit:
     def open(self, path: Path, recipe: AnyRecipe) -> Runnable:
         return OpenVinoEngine(path, precision="int8", rest=_rest(recipe), threads=self.threads)
 
-    def found(self, path: Path, recipe: AnyRecipe) -> dict[str, int]:
-        return OpenVinoEngine(path, precision="int8", rest=_rest(recipe), threads=self.threads).precision_found()
+    def found(self, path: Path, engine: Runnable) -> dict[str, int]:
+        assert isinstance(engine, OpenVinoEngine)
+        return engine.precision_found()
 
     def spec(self, path: Path, recipe: AnyRecipe) -> Spec:
         return {
@@ -181,13 +184,13 @@ class OpenVinoKit:
 
     def _path(self, recipe: AnyRecipe) -> Path:
         assert isinstance(recipe, OpenVinoRecipe)
-        return self._quantized[recipe.smooth_quant_alpha, recipe.symmetric]
+        return self._quantized[recipe.smooth_quant_alpha]
 
 
 def quantize_file(model_path: Path, out_path: Path, samples: Samples, recipe: OpenVinoRecipe) -> None:
     """NNCF's post-training quantization of an OpenVINO file, every layer it can; deterministic, says nothing.
 
-    Of the recipe, how values are scaled. Raises `QuantizationError` with NNCF's reason.
+    Of the recipe, how values are scaled, always with a zero point. Raises `QuantizationError` with NNCF's reason.
     """
     import openvino
 
@@ -207,7 +210,7 @@ def quantize_file(model_path: Path, out_path: Path, samples: Samples, recipe: Op
             quantized = nncf.quantize(
                 _read(model_path),
                 nncf.Dataset(samples),
-                preset=nncf.QuantizationPreset.PERFORMANCE if recipe.symmetric else nncf.QuantizationPreset.MIXED,
+                preset=nncf.QuantizationPreset.MIXED,
                 model_type=nncf.ModelType.TRANSFORMER,
                 subset_size=len(samples),
                 advanced_parameters=advanced,
@@ -220,15 +223,14 @@ def quantize_file(model_path: Path, out_path: Path, samples: Samples, recipe: Op
     openvino.save_model(quantized, out_path, compress_to_fp16=False)
 
 
-def check_activations(model_path: Path, samples: Samples, threads: int | None) -> None:
+def check_activations(engine: OpenVinoEngine, samples: Samples) -> None:
     """Raises `QuantizationError` naming layer and timestep if the fp32 model returns what is not finite on a sample."""
-    engine = OpenVinoEngine(model_path, threads=threads)
     for count, feeds in enumerate(samples):
         if all(np.isfinite(value).all() for value in engine.run(feeds).values()):
             continue
         where = f", timestep {feeds['timestep'].ravel().tolist()}" if "timestep" in feeds else ""
         raise QuantizationError(
-            f"activation {_first_not_finite(model_path, feeds)!r} is not finite on calibration sample {count}{where}; "
+            f"activation {_first_not_finite(engine.path, feeds)!r} is not finite on calibration sample {count}{where}; "
             "the fp32 model itself overflows there: repair it, or leave the sample out"
         )
 

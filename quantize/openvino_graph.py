@@ -11,6 +11,8 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 CONVOLUTIONS = ("Convolution", "GroupConvolution", "ConvolutionBackpropData")
 SMOOTH = "/nncf_smooth_quant"
 # What values pass through unchanged, or nearly: NNCF puts a FakeQuantize before them rather than after.
@@ -84,6 +86,25 @@ def restore(model: Any, original: Any, names: Collection[str]) -> None:
             if not _leads_to(edge.get_node(), kept):
                 edge.replace_source_output(source)
     model.validate_nodes_and_infer_types()
+
+
+def make_symmetric(model: Any) -> None:
+    """Give every FakeQuantize of signed activations a range around zero, [-128, 127] steps, that covers its own."""
+    import openvino
+
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "FakeQuantize" or follows_from_constants(node.input_value(0)):
+            continue
+        low, high = (node.input_value(place).get_node().data for place in (1, 2))
+        step = np.maximum(-low / 128, high / 127)
+        signed = low < 0
+        for places, bound in (
+            ((1, 3), np.where(signed, -128 * step, low)),
+            ((2, 4), np.where(signed, 127 * step, high)),
+        ):
+            constant = openvino.opset13.constant(bound.astype(np.float32))
+            for place in places:
+                node.input(place).replace_source_output(constant.output(0))
 
 
 def _products(model: Any) -> list[Any]:

@@ -83,7 +83,7 @@ def test_narrow_layers_and_the_timestep_stay_float(kit: OpenVinoKit) -> None:
 def test_a_graph_with_every_layer_restored_is_the_original(
     kit: OpenVinoKit, xml: Path, probes: list[Probe], tmp_path: Path
 ) -> None:
-    assert {symmetric for _, symmetric in kit._quantized} == {False, True}
+    assert set(kit._quantized) == set(openvino_cpu.ALPHAS)
     for scaling, path in kit._quantized.items():
         model, original = (openvino.Core().read_model(file) for file in (path, xml))
         names = quantized_layers(model)
@@ -191,16 +191,47 @@ def test_what_one_sample_alone_reaches_is_not_cut_off(skipping: tuple[OpenVinoKi
     assert 1.1 * x.min() < low < 0.98 * x.min()
 
 
+def test_without_zero_points_ranges_are_around_zero_and_cover_the_others(
+    skipping: tuple[OpenVinoKit, Path], tmp_path: Path
+) -> None:
+    kit, _ = skipping
+    ranges = []
+    for symmetric in (False, True):
+        kit.build(tmp_path / "s.xml", replace(kit.settle(OpenVinoRecipe()), symmetric=symmetric))
+        nodes = openvino.Core().read_model(tmp_path / "s.xml").get_ordered_ops()
+        ranges.append({
+            node.get_friendly_name(): [node.input_value(place).get_node().data for place in range(1, 5)]
+            for node in nodes
+            if node.get_type_name() == "FakeQuantize"
+        })  # fmt: skip
+    with_zero_point, without = ranges
+    assert with_zero_point.keys() == without.keys()
+    one_sided = 0
+    for name, (low, high, *out) in without.items():
+        old_low, old_high = with_zero_point[name][:2]
+        assert (low <= old_low + 1e-6).all()
+        assert (high >= old_high - 1e-6).all()
+        np.testing.assert_array_equal(out, [low, high])
+        if (old_low >= 0).all():  # the exponential: unsigned, as it was
+            one_sided += 1
+            np.testing.assert_array_equal([low, high], [old_low, old_high])
+        else:
+            np.testing.assert_allclose(low * 127, high * -128, rtol=1e-6)
+            assert (np.isclose(low, old_low) | np.isclose(high, old_high)).all()  # and no wider than need be
+    assert one_sided == 1
+
+
 def test_what_is_read_back_is_what_the_recipe_chose(kit: OpenVinoKit, probes: list[Probe], tmp_path: Path) -> None:
     errors = []
     for kinds in (("Convolution",), ("Convolution", "MatMul")):
         recipe = kit.settle(OpenVinoRecipe(op_types=kinds))
         path = tmp_path / f"{len(kinds)}.xml"
         kit.build(path, recipe)
-        found = kit.found(path, recipe)
+        engine = kit.open(path, recipe)
+        found = kit.found(path, engine)
         assert found["int8"] >= len(kinds)
         assert sum(count for name, count in found.items() if name != "int8") >= 3  # first, last, timestep at least
-        outputs = kit.open(path, recipe).run(probes[0].inputs)["prediction"]
+        outputs = engine.run(probes[0].inputs)["prediction"]
         errors.append(relative_error(probes[0].outputs["prediction"], outputs))
         assert 1e-4 < errors[-1] < 0.1
         costs = kit.profile(kit.spec(path, recipe), probes[0].inputs)
@@ -330,7 +361,7 @@ def test_what_is_not_finite_is_named_with_layer_and_timestep(denoiser: Path, tmp
     feeds = make_feeds(0)
     expected = rf"activation 'middle.*' is not finite on calibration sample 0, timestep \[{feeds['timestep'][0]}\]"
     with pytest.raises(QuantizationError, match=expected):
-        check_activations(path, Samples(feeds), 1)
+        check_activations(OpenVinoEngine(path, threads=1), Samples(feeds))
 
 
 def test_a_recipe_that_errs_beside_bf16_is_tried_beside_fp32_before_layers_are_spared(
@@ -340,16 +371,14 @@ def test_a_recipe_that_errs_beside_bf16_is_tried_beside_fp32_before_layers_are_s
     plant_speeds(monkeypatch, 2.0, 2.0)
     plain = OpenVinoKit.open
 
-    class Larger:
-        def __init__(self, engine: Any) -> None:
-            self.engine = engine
-
-        def run(self, feeds: Any) -> Any:
-            return {name: np.float32(1.3) * value for name, value in self.engine.run(feeds).items()}
-
     def opened(self: OpenVinoKit, path: Path, recipe: Any) -> Any:
         engine = plain(self, path, replace(recipe, rest="fp32"))
-        return Larger(engine) if recipe.rest == "bf16" else engine
+        if recipe.rest == "bf16":
+            run = engine.run
+            monkeypatch.setattr(
+                engine, "run", lambda feeds: {name: np.float32(1.3) * v for name, v in run(feeds).items()}
+            )
+        return engine
 
     monkeypatch.setattr(OpenVinoKit, "open", opened)
     kit = OpenVinoKit(xml, recipes={"conv": OpenVinoRecipe(op_types=("Convolution",))}, threads=1)

@@ -17,6 +17,7 @@ from ldm_deploy.errors import QuantizationError, StageMissingError
 from ldm_deploy.eval.budget import load_budget
 from ldm_deploy.eval.parity import ParityResult, Probe, write_probes
 from ldm_deploy.quantize import candidates, onnxruntime_cpu
+from ldm_deploy.quantize import kit as kit_module
 from ldm_deploy.quantize.calibration import CalibrationSet, Samples, collect, write_calibration
 from ldm_deploy.quantize.candidates import Candidate, judge_speed, quantize_component
 from ldm_deploy.quantize.onnxruntime_cpu import OnnxRuntimeKit
@@ -221,6 +222,39 @@ def test_a_planted_slow_engine_is_measured_and_refused_and_a_fast_one_is_not(den
     assert kept.refused is None
     assert kept.speedup is not None
     assert kept.speedup["ci95_low"] > 1
+
+
+def test_of_a_large_component_two_engines_are_held_at_once_and_less_is_tried(
+    denoiser: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[list[str]] = []
+    speeds = {"conv+matmul": {"fp32": 1.5, "bf16": 0.8}, "conv": {"fp32": 1.3, "bf16": 1.2}}
+
+    def compare(specs: dict[str, Any], feeds: object, **options: object) -> dict[str, Any]:
+        runs.append(list(specs))
+        sibling, name = specs
+        ratio = speeds[name][sibling]
+        found = {"median": ratio, "ci95_low": ratio - 0.1, "ci95_high": ratio + 0.1, "versus": sibling}
+        return {"speedup": {name: found}, "failed": {}}
+
+    class Kit(OnnxRuntimeKit):
+        def siblings(self) -> dict[str, Any]:
+            (fp32,) = super().siblings().values()
+            return {"fp32": fp32, "bf16": fp32}
+
+    monkeypatch.setattr(kit_module, "LARGE_BYTES", 0)
+    monkeypatch.setattr(candidates, "compare_engines", compare)
+    feeds = make_feeds(0)
+    probes = [Probe(feeds, OnnxRuntimeEngine(denoiser, threads=1).run(feeds))]
+    samples = Samples({name: np.concatenate([make_feeds(seed)[name] for seed in range(20)]) for name in feeds})
+    best, refused = quantize_component("unet", Kit(denoiser, threads=1), tmp_path, samples, probes, 0.1)
+    assert runs == [[sibling, name] for name in speeds for sibling in ("fp32", "bf16")]
+    assert best is not None
+    assert (best.name, best.speedup) == ("conv", best.comparisons[0])
+    assert [comparison["versus"] for comparison in best.comparisons] == ["fp32", "bf16"]
+    (loser,) = refused
+    assert loser.refused is not None
+    assert "(conv+matmul) is not faster than bf16: 0.80x" in loser.refused
 
 
 def test_an_engine_that_is_int8_in_name_only_is_refused(
