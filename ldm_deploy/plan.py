@@ -86,7 +86,7 @@ def plan(unit: Unit, targets: Mapping[str, Sequence[str]], *, builds: int = 0) -
         steps.append(
             Step(
                 f"quantize {target}",
-                "U-Net and decoder, each recipe built, compared and timed",
+                "U-Net, decoder and encoder, each recipe built, compared and timed",
                 60 + observed + million,
             )
         )

@@ -1,4 +1,4 @@
-"""Calibration sets: what U-Net and decoder really meet while the model draws images.
+"""Calibration sets: what U-Net and autoencoder really meet while the model draws images, and encodes them again.
 
 Seeded sampler trajectories of the fp32 pipeline, with and without guidance, stratified over all timesteps, in memory
 that does not depend on how many trajectories are drawn. Stored as `.npz` (no pickle) with a small JSON beside it, and
@@ -67,6 +67,7 @@ PER_WALK = 8  # prompts that a trajectory is drawn for; the next one takes the n
 TIMESTEP_BINS = 10
 PER_STRATUM = 2  # samples kept per timestep bin and kind of call
 DECODER_SAMPLES = 16
+ENCODER_SAMPLES = 8
 # Steps and whether guidance is used. Few-step trajectories pass through other latents than long ones.
 TRAJECTORIES = ((25, True), (20, False), (10, True), (5, False))
 
@@ -185,6 +186,7 @@ class Collector:
         self.guided = False
         self.unet: dict[tuple[int, str], Reservoir] = {}
         self.decoder = Reservoir(DECODER_SAMPLES, np.random.default_rng([seed, 1]))
+        self.encoder = Reservoir(ENCODER_SAMPLES, np.random.default_rng([seed, 2]))
 
     def offer_unet(self, row: Arrays, index: int, batch: int) -> None:
         # With guidance the batch is [unconditional, conditional] (CONTRACTS); the halves see different captions.
@@ -203,6 +205,7 @@ class Collector:
         rows = {
             "unet": [row for key in sorted(self.unet) for row in self.unet[key].rows],
             "vae_decoder": self.decoder.rows,
+            "vae_encoder": self.encoder.rows,
         }
         return {
             component: {name: np.stack([row[name] for row in kept]) for name in kept[0]}
@@ -226,10 +229,12 @@ def collect(
     `source`: digest of the model. `prompts`: None takes `general_prompts`. `trajectories`: steps
     and whether guidance is used; a student of few steps is drawn in those that it was distilled for. Each is drawn for
     `PER_WALK` prompts, in turn: samples of one prompt would let a range fit that prompt. Memory: at most
-    per_stratum x 3 x TIMESTEP_BINS U-Net rows and DECODER_SAMPLES latents, whatever `prompts` and `trajectories` are.
-    The same arguments give the same set. `decode` False leaves the decoder out.
+    per_stratum x 3 x TIMESTEP_BINS U-Net rows, DECODER_SAMPLES latents and, of a model with an encoder, ENCODER_SAMPLES
+    of the images drawn, whatever `prompts` and `trajectories` are. The same arguments give the same set. `decode` False
+    leaves decoder and encoder out.
     """
     from ldm_deploy.progress import task
+    from ldm_deploy.runtime.pipeline import scaled_images
 
     prompts = fitting_prompts(pipeline, prompts or general_prompts(pipeline.model))
     student, guidance = pipeline.model.get("distilled"), pipeline.guidance_scale
@@ -250,10 +255,13 @@ def collect(
             chosen = [prompts[(first + index) % len(prompts)] for index in range(count)]
             seeds = [10_000 + 1000 * seed + 100 * number + index for index in range(count)]
             draw = tapped if decode else tapped.sample_latents
-            draw(
+            drawn = draw(
                 chosen, seed=seeds, steps=steps, guidance_scale=scale,
                 on_step=lambda *_: advance(),
             )  # fmt: skip
+            if decode and "vae_encoder" in pipeline.components:
+                for image in scaled_images(drawn):
+                    collector.encoder.offer({"image": image})
     details = {
         "seed": seed,
         "prompts": list(prompts),

@@ -70,7 +70,7 @@ def quantize_component(
     Recipes that survive but are slower than the best are neither. Files are written into `folder`.
     `refine` is given the correct engines once they are timed, and may return one more. `advance` is called three times.
     """
-    held_out, observed = _split(samples)
+    held_out, observed = split_samples(samples)
     folder.mkdir(parents=True, exist_ok=True)
     kit.calibrate(observed, held_out, folder)
     advance()
@@ -223,7 +223,7 @@ def _explain_slowness(
     )
 
 
-def _split(samples: Samples) -> tuple[Samples, Samples]:
+def split_samples(samples: Samples) -> tuple[Samples, Samples]:
     """Every n-th sample is held out (so all timesteps are in both parts); small sets serve as both."""
     count = len(samples)
     if count < 2 * HELD_OUT:

@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from ldm_deploy.eval.parity import ParityResult, Probe, compare_outputs
 from ldm_deploy.quantize.kit import Kit
 from ldm_deploy.quantize.scheme import AnyRecipe
@@ -41,8 +39,9 @@ def spare(
         return chosen, compare_outputs(kit.open(path, chosen), probes, within)
 
     def error(group: Sequence[str]) -> float:
-        found = build([name for name in names if name not in group], np.inf)[1].relative_error
-        return math.inf if math.isnan(found) else found
+        found = build([name for name in names if name not in group], math.inf)[1]
+        error = found.relative_error / found.allowance
+        return math.inf if math.isnan(error) else error
 
     @functools.cache
     def enough(count: int) -> bool:

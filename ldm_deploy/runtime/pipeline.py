@@ -257,9 +257,13 @@ class Pipeline:
                 f"image is {image.dtype} of shape {image.shape}; give uint8 (batch, H, W, 3) or (H, W, 3)"
             )
         latent_shape(self.model, (image.shape[1], image.shape[2]))
-        scaled = image.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(127.5) - 1
-        mean = self._run("vae_encoder", {"image": np.ascontiguousarray(scaled)})["latent_mean"]
+        mean = self._run("vae_encoder", {"image": scaled_images(image)})["latent_mean"]
         return (mean * self.model["scale_factor"]).astype(np.float32)
+
+
+def scaled_images(images: np.ndarray) -> np.ndarray:
+    """uint8 (batch, H, W, 3) -> what encoders take: float32 (batch, 3, H, W) in [-1, 1]."""
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(127.5) - 1)
 
 
 def rescale_guidance(guided: np.ndarray, conditional: np.ndarray, amount: float) -> np.ndarray:

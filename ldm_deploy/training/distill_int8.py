@@ -15,7 +15,7 @@ import torch
 from ldm_deploy.errors import TrainingError
 from ldm_deploy.training.imitation import check_task, imitate
 from ldm_deploy.training.int8_config import Int8Config, load_int8_config
-from ldm_deploy.training.prune_choice import prediction_error, trajectory_points
+from ldm_deploy.training.points import prediction_error, trajectory_points
 from ldm_deploy.training.simulated import in_float, simulate
 from ldm_deploy.training.teaching import (
     Teaching,

@@ -15,14 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from ldm_deploy.errors import TrainingError
-from ldm_deploy.models.unet import UNet
+from ldm_deploy.models.unet import Stage, UNet
 from ldm_deploy.training.conditioning import Conditioning
 from ldm_deploy.training.diffusion import encode_images
 from ldm_deploy.training.graphs import Replayed
 from ldm_deploy.training.imitation_config import ImitationConfig
 from ldm_deploy.training.loop import device_rng, run_stage
 from ldm_deploy.training.processes import processes
-from ldm_deploy.training.prune_choice import last_of_levels
 
 if TYPE_CHECKING:
     from ldm_deploy.models.reference import Reference
@@ -66,6 +65,19 @@ def feature_loss(features: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor
         for feature, value in zip(features, wanted, strict=True)
     ]
     return torch.stack(losses).mean()
+
+
+def last_of_levels(unet: UNet) -> Sequence[str]:
+    """Names of the stages whose outputs are a level's last, on either way, and the middle's: where Kim et al. 2023 (eq.
+    3) compare features."""
+    found = []
+    for side in ("down", "middle", "up"):
+        layers = list(getattr(unet, side))
+        for index, layer in enumerate(layers):
+            following = layers[index + 1] if index + 1 < len(layers) else None
+            if isinstance(layer, Stage) and not isinstance(following, Stage):
+                found.append(f"{side}.{index}")
+    return found
 
 
 def check_task(config: ImitationConfig, teacher: Reference) -> None:

@@ -17,8 +17,9 @@ from torch import Tensor
 from ldm_deploy.artifact import atomic_write_json
 from ldm_deploy.errors import TrainingError
 from ldm_deploy.training.imitation import check_task, imitate
+from ldm_deploy.training.points import prediction_error, trajectory_points
 from ldm_deploy.training.processes import processes
-from ldm_deploy.training.prune_choice import Choice, choose, trajectory_points, without
+from ldm_deploy.training.prune_choice import Choice, choose, without
 from ldm_deploy.training.prune_config import PruneConfig, load_prune_config
 from ldm_deploy.training.teaching import (
     Teaching,
@@ -80,8 +81,7 @@ def prune(
     def figures(written: Reference) -> dict[str, Any]:
         found: dict[str, Any] = {"choice": choice.to_dict()}
         with torch.no_grad():
-            wanted = teacher.unet(*points)
-            found["prediction_error"] = float((written.unet(*points) - wanted).square().mean() / wanted.square().mean())
+            found["prediction_error"] = prediction_error(written.unet, points, teacher.unet(*points))
         for who, unet in (("teacher", teacher.unet), ("student", written.unet)):
             one = tuple(value[:1] for value in points)
             parameters = sum(value.numel() for value in unet.parameters())

@@ -13,21 +13,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ldm_deploy.errors import TrainingError
-from ldm_deploy.models.reference import Reference
-from ldm_deploy.models.torch_engine import torch_pipeline
 from ldm_deploy.models.unet import UNet
 from ldm_deploy.progress import task
+from ldm_deploy.training.points import Inputs, prediction_error
 from ldm_deploy.training.teaching import count_flops
 
-STEPS = 10  # of a trajectory, of a model that is not made for few
 ROUNDS = 25  # interleaved passes per part
-
-Inputs = tuple[Tensor, ...]  # of a U-Net, in the order of its signature
 
 
 @dataclass(frozen=True)
@@ -54,45 +49,6 @@ class Choice:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Choice:
         return cls(data["cost"], data["baseline"], tuple(Removal(**entry) for entry in data["removals"]))
-
-
-class _Listener:
-    """A U-Net's engine that keeps what it is given."""
-
-    def __init__(self, engine: Any) -> None:
-        self.engine = engine
-        self.feeds: list[Mapping[str, np.ndarray]] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.engine, name)
-
-    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        self.feeds.append({name: value.copy() for name, value in feeds.items()})
-        found: dict[str, np.ndarray] = self.engine.run(feeds)
-        return found
-
-
-def trajectory_points(teacher: Reference, count: int, seed: int) -> Inputs:
-    """`count` inputs of the U-Net, drawn from what the teacher's own sampler asks it for its calibration prompts.
-
-    A student of few steps is asked in each number of steps that it is made for.
-    """
-    pipeline = torch_pipeline(teacher)
-    listener = _Listener(pipeline.components["unet"])
-    pipeline = pipeline.with_engines({"unet": listener})
-    prompts = teacher.model.get("prompts", {}).get("calibration") or [""]
-    for steps in teacher.model.get("distilled", {}).get("steps", [STEPS]):
-        pipeline.sample_latents(list(prompts), seed, steps=steps)
-    names = teacher.signatures["unet"][0]
-    rows = [np.concatenate([feeds[name] for feeds in listener.feeds]) for name in names]
-    chosen = np.random.default_rng(seed).permutation(len(rows[0]))[:count]
-    return tuple(torch.from_numpy(values[chosen]) for values in rows)
-
-
-@torch.no_grad()
-def prediction_error(unet: nn.Module, inputs: Inputs, wanted: Tensor) -> float:
-    """Squared error of the prediction over the square of what is wanted: 0 is perfect, 1 is as bad as predicting 0."""
-    return float((unet(*inputs) - wanted).square().mean() / wanted.square().mean())
 
 
 def without(unet: UNet, *names: str) -> UNet:
@@ -169,18 +125,3 @@ def choose(
             advance(1)
             if removals[-1].speedup >= wanted_speedup:
                 return Choice(cost, found["whole"], tuple(removals))
-
-
-def last_of_levels(unet: UNet) -> Sequence[str]:
-    """Names of the stages whose outputs are a level's last, on either way, and the middle's: where Kim et al. 2023 (eq.
-    3) compare features."""
-    from ldm_deploy.models.unet import Stage
-
-    found = []
-    for side in ("down", "middle", "up"):
-        layers = list(getattr(unet, side))
-        for index, layer in enumerate(layers):
-            following = layers[index + 1] if index + 1 < len(layers) else None
-            if isinstance(layer, Stage) and not isinstance(following, Stage):
-                found.append(f"{side}.{index}")
-    return found

@@ -15,6 +15,7 @@ from ldm_deploy.eval.parity import (
     Probe,
     check_parity,
     compare_outputs,
+    explain,
     read_probes,
     relative_error,
     write_probes,
@@ -86,6 +87,35 @@ def test_a_fault_in_one_probe_only_is_enough() -> None:
     assert not result.passed
     assert result.errors[0] == 0
     assert result.probe == "x 3x4x6"
+
+
+def test_the_worst_is_measured_by_what_its_probe_allows() -> None:
+    """An error of 0.1 everywhere, of 0.15 where twice the limit is allowed."""
+
+    class Off:
+        def run(self, feeds: Arrays) -> Arrays:
+            return {"y": feeds["x"] * feeds["by"]}
+
+    def probe(by: float, allowance: float) -> Probe:
+        x = np.ones((1, 4), np.float32)
+        return Probe({"x": x, "by": np.float32(1 + by)}, {"y": x}, allowance)
+
+    strict, wide = probe(0.1, 1.0), probe(0.15, 2.0)
+    result = compare_outputs(Off(), [strict, wide], 0.12)
+    assert result.passed
+    assert result.relative_error == pytest.approx(0.1, rel=1e-5)
+    assert result.errors == pytest.approx((0.1, 0.15), rel=1e-5)
+    told = result.to_dict()
+    assert (told["limit"], told["passed"], told["other_sizes"]["limit"]) == (0.12, True, 0.24)
+    assert told["relative_error"] == pytest.approx(0.1, rel=1e-5)
+    assert told["other_sizes"]["relative_error"] == pytest.approx(0.15, rel=1e-5)
+    result = compare_outputs(Off(), [strict, probe(0.25, 2.0)], 0.12)
+    assert not result.passed
+    assert result.relative_error == pytest.approx(0.25, rel=1e-5)
+    assert result.to_dict()["relative_error"] == pytest.approx(0.1, rel=1e-5)
+    assert "has relative error 0.25, limit 0.24" in explain(result, "unet", "it")
+    assert not compare_outputs(Off(), [probe(0.13, 1.0), wide], 0.12).passed
+    assert "other_sizes" not in compare_outputs(Off(), [strict], 0.12).to_dict()
 
 
 def test_not_a_number_beats_any_error_and_any_limit() -> None:

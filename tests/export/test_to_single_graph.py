@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,23 @@ from ldm_deploy.runtime.pipeline import load
 from tests.tiny_bundle import CONTEXT_LENGTH
 
 pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _parts_are_exported_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """For all tests here: tracing them is most of the time."""
+    export, made = whole._parts, dict[str, dict[str, Path]]()
+
+    def parts(model: Any, precision: str, folder: Path, seed: int, *rest: Any) -> dict[str, Path]:
+        key = json.dumps([model.model, precision, seed])
+        if key not in made:
+            made[key] = export(model, precision, tmp_path_factory.mktemp("parts"), seed, *rest)
+        return made[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(whole, "_parts", parts)
+        yield
+
 
 SCHEDULES = (
     Schedule(),

@@ -63,6 +63,14 @@ def test_all_timesteps_and_both_halves_of_guidance_are_in_it(pipeline: Pipeline,
     assert collected.arrays["vae_decoder"]["latent"].shape == (4, 4, 8, 8)
 
 
+def test_the_encoder_gets_the_images_that_were_drawn(pipeline: Pipeline, collected: CalibrationSet) -> None:
+    images = pipeline.decode(np.float32(pipeline.model["scale_factor"]) * collected.arrays["vae_decoder"]["latent"])
+    found = collected.arrays["vae_encoder"]["image"]
+    assert (found.dtype, found.shape) == (np.float32, (4, 3, 32, 32))
+    wanted = sorted((image.transpose(2, 0, 1) / 127.5 - 1).ravel().tolist() for image in images)
+    np.testing.assert_allclose(sorted(image.ravel().tolist() for image in found), wanted, atol=1e-6)
+
+
 def test_every_trajectory_is_drawn_for_other_prompts(pipeline: Pipeline) -> None:
     """Samples of few prompts would let ranges fit these, and the choice between methods not see it."""
     prompts = [f"{number} apples" for number in range(2 * PER_WALK)]
@@ -128,7 +136,7 @@ def test_it_survives_the_disk(collected: CalibrationSet, tmp_path: Path) -> None
     assert found.source == SOURCE
     assert found.details == collected.details
     record = json.loads(path.with_suffix(".json").read_text())
-    assert record["samples"] == {"unet": 60, "vae_decoder": 4}
+    assert record["samples"] == {"unet": 60, "vae_decoder": 4, "vae_encoder": 4}
     assert record["seed"] == 0
     assert record["trajectories"][0] == {"steps": 20, "guidance_scale": 2.0}
 

@@ -22,7 +22,7 @@ from ldm_deploy.quantize.calibration import CalibrationSet, Samples, collect, wr
 from ldm_deploy.quantize.candidates import Candidate, judge_speed, quantize_component
 from ldm_deploy.quantize.onnxruntime_cpu import OnnxRuntimeKit
 from ldm_deploy.quantize.profile import OpCost, profile_ops, slower_ops, summarize_events
-from ldm_deploy.quantize.quantize import quantize_bundle
+from ldm_deploy.quantize.quantize import OTHER_SIZES, quantize_bundle, with_allowances
 from ldm_deploy.quantize.scheme import Recipe
 from ldm_deploy.runtime.bundle import verify_bundle, write_bundle
 from ldm_deploy.runtime.engines import OnnxRuntimeEngine
@@ -121,7 +121,7 @@ def test_what_the_decoder_saved_the_unet_may_have(
         return Candidate("conv", path, Recipe(), ParityResult(0.0, 0.1, "", "", (0.0,)), {"int8": 1}, size_bytes=1), []
 
     monkeypatch.setattr(candidates, "quantize_component", small)
-    quantize_bundle(directory, tmp_path / "out", threads=1)
+    quantize_bundle(directory, tmp_path / "out", components=["unet", "vae_decoder"], threads=1)
     assert list(limits) == [first, last]
     others = sum(size for name, size in sizes.items() if name not in limits)
     assert limits[last] == pytest.approx(0.6 * sum(sizes.values()) - others - 1)
@@ -222,6 +222,21 @@ def test_a_planted_slow_engine_is_measured_and_refused_and_a_fast_one_is_not(den
     assert kept.refused is None
     assert kept.speedup is not None
     assert kept.speedup["ci95_low"] > 1
+
+
+def test_other_sizes_than_the_models_own_are_allowed_more() -> None:
+    model = {"default_size": [64, 32], "downsampling": 4}
+
+    def probe(*shape: int) -> Probe:
+        return Probe({"sample": np.zeros(shape), "timestep": np.zeros(shape[0])}, {})
+
+    def allowances(probes: list[Probe], model: Any) -> list[float]:
+        return [one.allowance for one in with_allowances(probes, model)]
+
+    latents, other, swapped, image = probe(2, 4, 16, 8), probe(1, 4, 8, 8), probe(1, 4, 8, 16), probe(3, 3, 64, 32)
+    assert allowances([latents, other, swapped, image], model) == [1.0, OTHER_SIZES, OTHER_SIZES, 1.0]
+    assert allowances([latents, other], None) == [1.0, 1.0]  # a component of one's own has no size of its own
+    assert allowances([Probe({"input_ids": np.zeros((1, 16))}, {})], model) == [1.0]
 
 
 def test_of_a_large_component_two_engines_are_held_at_once_and_less_is_tried(

@@ -14,15 +14,13 @@ from ldm_deploy.models.reference import load_reference
 from ldm_deploy.models.torch_engine import torch_pipeline
 from ldm_deploy.training import imitation
 from ldm_deploy.training import prune as module
-from ldm_deploy.training.imitation import Heard, feature_loss
+from ldm_deploy.training.imitation import Heard, feature_loss, last_of_levels
+from ldm_deploy.training.points import prediction_error, trajectory_points
 from ldm_deploy.training.prune import prune
 from ldm_deploy.training.prune_choice import (
     choose,
     costs,
-    last_of_levels,
     measure_ms,
-    prediction_error,
-    trajectory_points,
     without,
 )
 from ldm_deploy.training.prune_config import PRESETS, load_prune_config
