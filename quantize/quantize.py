@@ -121,6 +121,11 @@ def quantize_bundle(
                 new_engines.append(_engine_entry(records[name], target, kept, losers, files, layers, staging))
                 sizes[name] = kept.size_bytes
             shutil.rmtree(folder)
+        drawn = any(engine["component"] in DRAWING for engine in new_engines)
+        if components is None and bundle.data["model"] is not None and not drawn:
+            for file in [file for engine in new_engines for file in engine["files"]]:
+                (staging / file).unlink()  # an encoder alone makes no image faster
+            new_engines = []
         new_engines.sort(key=lambda engine: wanted.index(engine["component"]))
         content = {**bundle.data, "parents": {**bundle.data["parents"], "calibration": data.digest}}
         content["engines"] = [*bundle.data["engines"], *new_engines]

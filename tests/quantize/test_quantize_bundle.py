@@ -224,6 +224,35 @@ def test_a_planted_slow_engine_is_measured_and_refused_and_a_fast_one_is_not(den
     assert kept.speedup["ci95_low"] > 1
 
 
+@pytest.mark.parametrize("survivor", ["vae_decoder", None])
+def test_an_encoder_goes_with_what_draws_and_not_alone(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, survivor: str | None
+) -> None:
+    directory = tmp_path / "source"
+    shutil.copytree(source, directory)
+    for name in ("vae_decoder", "vae_encoder"):
+        shutil.copyfile(directory / "probes" / "unet.safetensors", directory / "probes" / f"{name}.safetensors")
+    write_bundle(directory, json.loads((directory / "bundle.json").read_text()))
+
+    def one(name: str, kit: Any, folder: Path, *rest: Any, **options: Any) -> Any:
+        path = folder / "conv" / f"{name}-int8.onnx"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(kit.model_path.read_bytes())
+        made = Candidate("conv", path, Recipe(), ParityResult(0.0, 0.1, "", "", (0.0,)), {"int8": 1}, size_bytes=1)
+        return (made if name in ("vae_encoder", survivor) else None), []
+
+    monkeypatch.setattr(candidates, "quantize_component", one)
+    data = quantize_bundle(directory, tmp_path / "out", threads=1).data
+    verify_bundle(tmp_path / "out")
+    int8 = [engine["component"] for engine in data["engines"] if engine["precision"] == "int8"]
+    assert int8 == ([survivor, "vae_encoder"] if survivor else [])
+    assert [path.name for path in (tmp_path / "out" / "engines").glob("*int8*")] == [
+        f"{name}-int8.onnx" for name in int8
+    ]
+    names = [variant["name"] for variant in data["variants"]]
+    assert ("mixed-onnxruntime-cpu" in names) == (survivor is not None)
+
+
 def test_other_sizes_than_the_models_own_are_allowed_more() -> None:
     model = {"default_size": [64, 32], "downsampling": 4}
 
