@@ -177,7 +177,7 @@ class Tap:
 
 
 class Collector:
-    """Stratified reservoirs behind the taps of a pipeline's U-Net and decoder."""
+    """Stratified reservoirs behind the taps of a pipeline's U-Net and decoder, and one for the images drawn."""
 
     def __init__(self, num_train_timesteps: int, seed: int, per_stratum: int = PER_STRATUM) -> None:
         self.num_train_timesteps = num_train_timesteps

@@ -253,8 +253,9 @@ def test_an_encoder_goes_with_what_draws_and_not_alone(
     assert ("mixed-onnxruntime-cpu" in names) == (survivor is not None)
 
 
-def test_other_sizes_than_the_models_own_are_allowed_more() -> None:
-    model = {"default_size": [64, 32], "downsampling": 4}
+def test_other_sizes_than_a_students_own_are_allowed_more() -> None:
+    teacher = {"default_size": [64, 32], "downsampling": 4}
+    model = {**teacher, "distilled": {"steps": [1, 2]}}
 
     def probe(*shape: int) -> Probe:
         return Probe({"sample": np.zeros(shape), "timestep": np.zeros(shape[0])}, {})
@@ -264,6 +265,7 @@ def test_other_sizes_than_the_models_own_are_allowed_more() -> None:
 
     latents, other, swapped, image = probe(2, 4, 16, 8), probe(1, 4, 8, 8), probe(1, 4, 8, 16), probe(3, 3, 64, 32)
     assert allowances([latents, other, swapped, image], model) == [1.0, OTHER_SIZES, OTHER_SIZES, 1.0]
+    assert allowances([latents, other], teacher) == [1.0, 1.0]
     assert allowances([latents, other], None) == [1.0, 1.0]  # a component of one's own has no size of its own
     assert allowances([Probe({"input_ids": np.zeros((1, 16))}, {})], model) == [1.0]
 
