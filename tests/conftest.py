@@ -47,6 +47,14 @@ def ldm_deploy_cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
     return run
 
 
+@pytest.fixture(autouse=True)
+def _not_quiet() -> None:
+    """`--quiet` in an earlier test is not for the next one."""
+    from ldm_deploy.progress import set_quiet
+
+    set_quiet(False)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """No test takes an export from the user's cache, or leaves one there."""
