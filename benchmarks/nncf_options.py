@@ -98,9 +98,11 @@ def table(name: str, work: Path) -> None:
         [probe for probe in probes if probe.inputs["sample"].shape[2:] == own],
         [probe for probe in probes if probe.inputs["sample"].shape[2:] != own],
     )
-    print(
-        f"\n{name}: {len(observed)} samples\n\n| model type, preset | ranges | α | held out | own size | other sizes |"
-    )
+    print(f"\n{name}: {len(observed)} samples")
+    for size, place in zip(("its own size", "other sizes"), places[1:], strict=True):
+        least, most = passed_on(engine, place)
+        print(f"noise of 1 % becomes {least:.2%} to {most:.2%} at {size}")
+    print("\n| model type, preset | ranges | α | held out | own size | other sizes |")
     print("|---|---|---|---:|---:|---:|")
     for option in OPTIONS:
         kit = openvino_cpu.OpenVinoKit(xml)
