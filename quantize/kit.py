@@ -54,7 +54,8 @@ class Kit(Protocol):
     def files(self, path: Path) -> list[Path]:
         """Everything `build` wrote, `path` first."""
 
-    def open(self, path: Path, recipe: AnyRecipe) -> Runnable: ...
+    def open(self, path: Path, recipe: AnyRecipe, *, trial: bool = False) -> Runnable:
+        """`trial`: it is asked a few times only, so nothing is prepared that pays off later."""
 
     def found(self, path: Path, engine: Runnable) -> dict[str, int]:
         """Convolutions and products per precision, read back from what the runtime runs. `engine`: what `open` gave."""

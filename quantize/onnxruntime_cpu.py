@@ -135,7 +135,7 @@ class OnnxRuntimeKit:
                 self.build(path, recipe)
             except QuantizationError:
                 return
-            result = compare_outputs(self.open(path, recipe), probes, np.inf)
+            result = compare_outputs(self.open(path, recipe, trial=True), probes, np.inf)
             errors[method] = float(np.sqrt(np.mean(np.square(result.errors))))
             for file in self.files(path):
                 file.unlink()
@@ -159,7 +159,7 @@ class OnnxRuntimeKit:
     def files(self, path: Path) -> list[Path]:
         return [file for file in (path, path.with_name(f"{path.name}.data")) if file.exists()]
 
-    def open(self, path: Path, recipe: AnyRecipe) -> Runnable:
+    def open(self, path: Path, recipe: AnyRecipe, *, trial: bool = False) -> Runnable:
         return OnnxRuntimeEngine(path, threads=self.threads)
 
     def found(self, path: Path, engine: Runnable) -> dict[str, int]:

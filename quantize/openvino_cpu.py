@@ -41,7 +41,7 @@ from ldm_deploy.quantize.openvino_graph import (
 )
 from ldm_deploy.quantize.profile import NodeTimes, OpCost, openvino_node_times, profile_openvino
 from ldm_deploy.quantize.scheme import AnyRecipe, OpenVinoRecipe
-from ldm_deploy.runtime.engine_openvino import OpenVinoEngine
+from ldm_deploy.runtime.engine_openvino import FIXED, OpenVinoEngine
 
 TARGET = "openvino-cpu"
 # From most to least INT8. Which one is fastest depends on the graph and the machine, so it is measured.
@@ -80,7 +80,7 @@ class OpenVinoKit:
 
     def calibrate(self, observed: Samples, held_out: Samples, folder: Path) -> None:
         """Quantize with each of `ALPHAS` and keep the one that errs least on samples which it has not seen."""
-        engine = OpenVinoEngine(self.model_path, threads=self.threads)
+        engine = OpenVinoEngine(self.model_path, threads=self.threads, fixed=0)
         check_activations(engine, observed)
         probes = [Probe(feeds, engine.run(feeds)) for feeds in held_out]
         del engine  # its weights
@@ -98,7 +98,7 @@ class OpenVinoKit:
             except QuantizationError:
                 errors[alpha] = np.inf
                 continue
-            result = compare_outputs(self.open(trial, recipe), probes, np.inf)
+            result = compare_outputs(self.open(trial, recipe, trial=True), probes, np.inf)
             errors[alpha] = float(np.sqrt(np.mean(np.square(result.errors))))
             for file in self.files(trial):
                 file.unlink()
@@ -145,8 +145,9 @@ class OpenVinoKit:
     def files(self, path: Path) -> list[Path]:
         return [path, path.with_suffix(".bin")]
 
-    def open(self, path: Path, recipe: AnyRecipe) -> Runnable:
-        return OpenVinoEngine(path, precision="int8", rest=_rest(recipe), threads=self.threads)
+    def open(self, path: Path, recipe: AnyRecipe, *, trial: bool = False) -> Runnable:
+        fixed = 0 if trial else FIXED
+        return OpenVinoEngine(path, precision="int8", rest=_rest(recipe), threads=self.threads, fixed=fixed)
 
     def found(self, path: Path, engine: Runnable) -> dict[str, int]:
         assert isinstance(engine, OpenVinoEngine)

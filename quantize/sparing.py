@@ -36,7 +36,7 @@ def spare(
     def build(kept: Sequence[str], within: float) -> tuple[AnyRecipe, ParityResult]:
         chosen = replace(recipe, keep_float=tuple(kept))
         kit.build(path, chosen)
-        return chosen, compare_outputs(kit.open(path, chosen), probes, within)
+        return chosen, compare_outputs(kit.open(path, chosen, trial=True), probes, within)
 
     def error(group: Sequence[str]) -> float:
         found = build([name for name in names if name not in group], math.inf)[1]

@@ -157,7 +157,7 @@ def test_where_errors_do_not_add_up_more_are_spared_until_it_is_enough(tmp_path:
         def build(self, path: Path, recipe: Any) -> None:
             built.append(recipe.keep_float)
 
-        def open(self, path: Path, recipe: Any) -> Any:
+        def open(self, path: Path, recipe: Any, *, trial: bool = False) -> Any:
             inside = {f"n{index}" for index in range(16)} - set(recipe.keep_float)
             value = 1 + 0.3 * ("n3" in inside) + 0.2 * ("n4" in inside) + 0.001 * len(inside)
             return SimpleNamespace(run=lambda feeds: {"y": np.full((1, 1), value)})
