@@ -68,6 +68,7 @@ def export_module(
 
     from ldm_deploy.export.attention import written_out
     from ldm_deploy.export.graph import bind, root_cause
+    from ldm_deploy.export.passes.split_linear import split_linear
 
     for name, axes in input_axes.items():
         for axis, symbol in axes.items():
@@ -99,6 +100,7 @@ def export_module(
     model = program.model
     symbols = _name_inputs(model.graph.inputs, input_axes, component)
     _name_outputs(model.graph.outputs, output_axes, symbols, component)
+    split_linear(model)  # while shapes are known
     _remove_traces(model)
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
     path.parent.mkdir(parents=True, exist_ok=True)

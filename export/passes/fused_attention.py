@@ -8,9 +8,9 @@ ONNX Runtime 1.32).
 
 from __future__ import annotations
 
-from typing import Any
-
 import onnx_ir as ir
+
+from ldm_deploy.export.passes.match import number, only_user, producer, remove_unused
 
 
 def fuse_attention(model: ir.Model) -> int:
@@ -25,17 +25,17 @@ def fuse_attention(model: ir.Model) -> int:
             count += _fuse(softmax)
     if count:
         model.graph.opset_imports["com.microsoft"] = 1
-        _remove_unused(model)
+        remove_unused(model)
     return count
 
 
 def _fuse(softmax: ir.Node) -> bool:
-    scaled = _producer(softmax.inputs[0], "Mul")
-    scores = _producer(scaled.inputs[0], "MatMul") if scaled else None
-    scale = _number(scaled.inputs[1]) if scaled else None
-    product = _only_user(softmax.outputs[0], "MatMul")
-    joined = _only_user(product.outputs[0], "Transpose") if product else None
-    flat = _only_user(joined.outputs[0], "Reshape") if joined else None
+    scaled = producer(softmax.inputs[0], "Mul")
+    scores = producer(scaled.inputs[0], "MatMul") if scaled else None
+    scale = number(scaled.inputs[1]) if scaled else None
+    product = only_user(softmax.outputs[0], "MatMul")
+    joined = only_user(product.outputs[0], "Transpose") if product else None
+    flat = only_user(joined.outputs[0], "Reshape") if joined else None
     if not (scores and product and joined and flat) or scale is None or product.inputs[0] is not softmax.outputs[0]:
         return False
     found = [
@@ -66,40 +66,18 @@ def _fuse(softmax: ir.Node) -> bool:
 
 def _heads(value: ir.Value | None, order: tuple[int, ...]) -> tuple[ir.Value, int] | None:
     """(what was split into heads, their number) of a Transpose of a Reshape."""
-    transpose = _producer(value, "Transpose")
+    transpose = producer(value, "Transpose")
     if transpose is None or _order(transpose) != order:
         return None
-    reshape = _producer(transpose.inputs[0], "Reshape")
+    reshape = producer(transpose.inputs[0], "Reshape")
     if reshape is None:
         return None
-    shape = _producer(reshape.inputs[1], "Concat")
-    parts = [_number(part) for part in shape.inputs[-2:]] if shape and len(shape.inputs) == 4 else []
+    shape = producer(reshape.inputs[1], "Concat")
+    parts = [number(part) for part in shape.inputs[-2:]] if shape and len(shape.inputs) == 4 else []
     if len(parts) != 2 or parts[0] is None or reshape.inputs[0] is None:
         return None
     return reshape.inputs[0], int(parts[0])
 
 
-def _producer(value: ir.Value | None, kind: str) -> ir.Node | None:
-    node = value.producer() if value is not None else None
-    return node if node is not None and node.op_type == kind else None
-
-
-def _only_user(value: ir.Value, kind: str) -> ir.Node | None:
-    users = [use.node for use in value.uses()]
-    return users[0] if len(users) == 1 and users[0].op_type == kind else None
-
-
 def _order(transpose: ir.Node) -> tuple[int, ...]:
     return tuple(transpose.attributes.get_ints("perm", ()))
-
-
-def _number(value: ir.Value | None) -> Any:
-    """Of a constant with one element."""
-    constant = ir.convenience.get_const_tensor(value) if value is not None else None
-    return constant.numpy().item() if constant is not None and constant.size == 1 else None
-
-
-def _remove_unused(model: ir.Model) -> None:
-    from onnx_ir.passes.common import RemoveUnusedNodesPass
-
-    RemoveUnusedNodesPass()(model)

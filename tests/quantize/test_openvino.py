@@ -371,8 +371,8 @@ def test_a_recipe_that_errs_beside_bf16_is_tried_beside_fp32_before_layers_are_s
     plant_speeds(monkeypatch, 2.0, 2.0)
     plain = OpenVinoKit.open
 
-    def opened(self: OpenVinoKit, path: Path, recipe: Any) -> Any:
-        engine = plain(self, path, replace(recipe, rest="fp32"))
+    def opened(self: OpenVinoKit, path: Path, recipe: Any, **options: Any) -> Any:
+        engine = plain(self, path, replace(recipe, rest="fp32"), **options)
         if recipe.rest == "bf16":
             run = engine.run
             monkeypatch.setattr(

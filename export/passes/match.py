@@ -1,0 +1,38 @@
+"""What passes over an ONNX graph look for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx_ir as ir
+
+
+def producer(value: ir.Value | None, kind: str) -> ir.Node | None:
+    """The node that makes `value`, if it is of this kind."""
+    node = value.producer() if value is not None else None
+    return node if node is not None and node.op_type == kind else None
+
+
+def only_user(value: ir.Value, kind: str) -> ir.Node | None:
+    """The one node that reads `value`, if it is of this kind."""
+    users = [use.node for use in value.uses()]
+    return users[0] if len(users) == 1 and users[0].op_type == kind else None
+
+
+def number(value: ir.Value | None) -> Any:
+    """Of a constant with one element; None for anything else."""
+    constant = ir.convenience.get_const_tensor(value) if value is not None else None
+    return constant.numpy().item() if constant is not None and constant.size == 1 else None
+
+
+def number_list(value: ir.Value | None) -> list[Any] | None:
+    """Of a constant with one axis; None for anything else."""
+    constant = ir.convenience.get_const_tensor(value) if value is not None else None
+    return constant.numpy().tolist() if constant is not None and len(constant.shape) == 1 else None
+
+
+def remove_unused(model: ir.Model) -> None:
+    """Nodes and weights that nothing reads."""
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    RemoveUnusedNodesPass()(model)
