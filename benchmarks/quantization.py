@@ -38,6 +38,7 @@ from ldm_deploy.eval.metrics import psnr_db_of
 from ldm_deploy.eval.parity import Probe, read_probes, write_probes
 from ldm_deploy.eval.speedup import speedup
 from ldm_deploy.export.to_onnx import component_axes, export_module
+from ldm_deploy.export.to_onnxruntime import to_onnxruntime
 from ldm_deploy.export.to_openvino import to_openvino
 from ldm_deploy.models.components import SIGNATURES
 from ldm_deploy.progress import note
@@ -66,6 +67,9 @@ DRAWN = {"calibration": ((10, True), (10, False)), "probes": ((4, True),)}
 DRAWN_SD15 = {"calibration": ((4, False),), "probes": ((2, False),)}
 PARITY = 0.1  # as in eval/budgets.toml
 TORCH = "torch eager fp32"
+OURS = "onnxruntime"  # folder with the file that has our passes for ONNX Runtime
+AGAINST = (TORCH, "ONNX Runtime fp32", "OpenVINO bf16", "NNCF, its default, + bf16", "the same, sizes fixed")
+SHOWN = tuple(name for name in AGAINST if name != "OpenVINO bf16")
 COMPONENTS = {"unet71m": "unet", "decoder12m": "vae_decoder", "sd15": "unet", "reference": "unet"}
 
 Spec = dict[str, Any]
@@ -148,6 +152,11 @@ def torch_engine(model: str, threads: int) -> Any:
     return TorchEngine(COMPONENTS[model], BUILDERS[model]())
 
 
+def free_engine(path: str, precision: str, rest: str | None, threads: int) -> OpenVinoEngine:
+    """What a worker calls for an OpenVINO file as it comes: its axes stay free, as `compile_model` leaves them."""
+    return OpenVinoEngine(Path(path), precision=precision, rest=rest, threads=threads, fixed=0)
+
+
 class Words:
     """Stands for a tokenizer and a text encoder: every prompt has a random context of its own, (tokens, channels)."""
 
@@ -176,7 +185,8 @@ def random_pipeline(model_name: str, unet: Any) -> Pipeline:
 
 
 def prepare(model: str, folder: Path, threads: int | None) -> None:
-    """fp32.onnx, fp32.xml, calibration.npz and probes.safetensors in `folder`; what is there is kept."""
+    """Two ONNX files (plain, and as we give it to ONNX Runtime), fp32.xml, calibration.npz and probes.safetensors in
+    `folder`; what is there is kept."""
     component = COMPONENTS[model]
     if (folder / "prepared.json").is_file():
         return
@@ -219,6 +229,8 @@ def prepare(model: str, folder: Path, threads: int | None) -> None:
         component=component,
     )  # fmt: skip
     to_openvino(folder / "fp32.onnx", folder / "fp32.xml")
+    (folder / OURS).mkdir(exist_ok=True)
+    to_onnxruntime(folder / "fp32.onnx", folder / OURS)
     import torch
 
     names = SIGNATURES[component]
@@ -319,6 +331,9 @@ ROWS: dict[str, Row] = {
     "ONNX Runtime fp32": functools.partial(
         plain, lambda folder: {"kind": "engine", "runtime": "onnxruntime", "path": str(folder / "fp32.onnx")}
     ),
+    "ours, ONNX Runtime fp32": functools.partial(
+        plain, lambda folder: {"kind": "engine", "runtime": "onnxruntime", "path": str(folder / OURS / "fp32.onnx")}
+    ),
     "OpenVINO fp32": functools.partial(plain, lambda folder: _openvino(folder / "fp32.xml", "fp32")),
     "OpenVINO bf16": functools.partial(plain, lambda folder: _openvino(folder / "fp32.xml", "bf16")),
     "ONNX Runtime static, its default": onnxruntime_static,
@@ -326,8 +341,11 @@ ROWS: dict[str, Row] = {
     "optimum dynamic (avx512_vnni)": optimum_dynamic,
     "NNCF, its default": functools.partial(nncf_default, "fp32"),
     "NNCF, its default, + bf16": functools.partial(nncf_default, "bf16"),
+    "the same, sizes fixed": functools.partial(
+        plain, lambda folder: _openvino(row_folder(folder, "NNCF, its default, + bf16") / "model.xml", "int8", "bf16")
+    ),
     "ours, ONNX Runtime": functools.partial(
-        ours, lambda folder, threads: OnnxRuntimeKit(folder / "fp32.onnx", threads=threads)
+        ours, lambda folder, threads: OnnxRuntimeKit(folder / OURS / "fp32.onnx", threads=threads)
     ),
     "ours, OpenVINO": functools.partial(
         ours, lambda folder, threads: OpenVinoKit(folder / "fp32.xml", threads=threads)
@@ -435,6 +453,14 @@ def benchmark(model: str, work: Path, rounds: int, threads: int | None) -> dict[
         }
     }  # fmt: skip
     specs |= {name: row["spec"] for name, row in rows.items() if "spec" in row}
+    for name in (name for name in specs if name.startswith("NNCF")):
+        spec = {key: specs[name][key] for key in ("path", "precision", "rest")} | {"threads": count}
+        specs[name] = {
+            "kind": "factory",
+            "file": str(Path(__file__).resolve()),
+            "function": "free_engine",
+            "arguments": spec,
+        }
     feeds = read_probes(folder / "probes.safetensors")[0].inputs
     note(f"{model}: {len(specs)} engines, {rounds} rounds")
     measured = compare_engines(specs, feeds, rounds=rounds, threads=threads, seed=SEED, time_limit_s=240)
@@ -447,7 +473,7 @@ def benchmark(model: str, work: Path, rounds: int, threads: int | None) -> dict[
             rows[name]["latency_ms"] = measured["latency_ms"][name]
             rows[name]["versus"] = {
                 other: speedup(samples[other], samples[name], other, seed=SEED)
-                for other in (TORCH, "ONNX Runtime fp32", "OpenVINO bf16", "NNCF, its default, + bf16")
+                for other in AGAINST
                 if other in samples and other != name
             }
     prepared = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
@@ -458,15 +484,18 @@ def show(result: dict[str, Any]) -> None:
     """A table for docs/quantization.md."""
     computer = result["machine"]
     print(f"{result['model']}: {computer['cpu']}, {computer['threads']} threads, {', '.join(computer['isa'])}\n")
-    print("| engine | ms | against torch | against ONNX Runtime fp32 | PSNR dB | MB | built in s | with GB |")
-    print("|---|---:|---:|---:|---:|---:|---:|---:|")
+    print(
+        "| engine | ms | against torch | ONNX Runtime fp32 | NNCF + bf16 | its sizes fixed "
+        "| PSNR dB | MB | built in s | with GB |"
+    )
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
     for name, row in sorted(result["rows"].items(), key=lambda item: item[0] != TORCH):
         if "failed" in row:
-            print(f"| {name} | failed: {row['failed'][:120]} | | | | | | |")
+            print(f"| {name} | failed: {row['failed'][:120]} | | | | | | | | |")
             continue
         ratios = [
             f"{one['median']:.2f}x ({one['ci95_low']:.2f}–{one['ci95_high']:.2f})" if one else "–"
-            for one in (row.get("versus", {}).get(other) for other in (TORCH, "ONNX Runtime fp32"))
+            for one in (row.get("versus", {}).get(other) for other in SHOWN)
         ]
         quality = f"{row['psnr_db']:.1f}" if "psnr_db" in row else "–"
         size = f"{row['size_bytes'] / 1e6:.1f}" if "size_bytes" in row else "–"

@@ -19,6 +19,7 @@ from ldm_deploy.eval.latency import compare_engines
 from ldm_deploy.eval.parity import ParityResult, Probe, compare_outputs, explain
 from ldm_deploy.eval.speedup import speedup
 from ldm_deploy.quantize.calibration import Samples
+from ldm_deploy.quantize.images import ImageGate
 from ldm_deploy.quantize.kit import Kit, is_large
 from ldm_deploy.quantize.profile import slower_ops
 from ldm_deploy.quantize.scheme import AnyRecipe
@@ -29,6 +30,7 @@ MINIMUM_SPEEDUP = 1.0  # the lower end of the 95 % interval must be above
 ROUNDS = 40
 TIME_LIMIT_S = 20.0  # of the measurement, per component
 RECIPES_OF_LARGE = 2  # those with most INT8
+SPARED_FOR_IMAGES = 2  # times that layers of one recipe are spared because images were not good enough
 
 
 @dataclass
@@ -60,6 +62,7 @@ def quantize_component(
     rounds: int = ROUNDS,
     size_limit: float = math.inf,
     refine: Callable[[Sequence[Candidate]], Candidate | None] | None = None,
+    gate: ImageGate | None = None,
     advance: Callable[[], object] = lambda: None,
 ) -> tuple[Candidate | None, list[Candidate]]:
     """The fastest engine that survives (or None), the smaller one of equals, and those refused, each with its reason.
@@ -68,26 +71,82 @@ def quantize_component(
     (`sparing.py`). `batch`: rows in one call of the measurement, as the pipeline makes it. `size_limit`: bytes; an
     engine beyond it is the one to keep only if all are.
     Recipes that survive but are slower than the best are neither. Files are written into `folder`.
-    `refine` is given the correct engines once they are timed, and may return one more. `advance` is called three times.
+    `refine` is given the correct engines once they are timed, and may return one more. `gate`: what images
+    must keep. `advance` is called three times.
     """
     held_out, observed = split_samples(samples)
     folder.mkdir(parents=True, exist_ok=True)
     kit.calibrate(observed, held_out, folder)
     advance()
-    candidates = build_candidates(component, kit, folder, probes, limit)
+    alone: dict[str, float] = {}
+    candidates = build_candidates(component, kit, folder, probes, limit, alone)
     advance()
     correct = [candidate for candidate in candidates if candidate.refused is None]
     feeds = batched(samples, batch)
-    judge_speed(component, kit, correct, feeds, seed=seed, rounds=rounds)
+
+    def judge() -> Candidate | None:
+        """The best of those that are fast enough, measured anew."""
+        judge_speed(component, kit, [one for one in correct if one.refused is None], feeds, seed=seed, rounds=rounds)
+        return _best([one for one in correct if one.refused is None], size_limit)
+
+    judge()
     more = None if refine is None else refine(correct)
     if more is not None:
         # All that may win once more, in one run: what is compared was measured together.
-        correct = [more, *(candidate for candidate in correct if candidate.refused is None)]
+        correct.insert(0, more)
         candidates.append(more)
-        judge_speed(component, kit, correct, feeds, seed=seed, rounds=rounds)
+        judge()
+    best = _best([one for one in correct if one.refused is None], size_limit)
+    psnr_db = None
+    while gate is not None and best is not None:
+        fp32 = kit.open_spec(next(iter(kit.siblings().values())))
+        psnr_db, asked = gate.psnr_db(component, fp32, kit.open(best.path, best.recipe)), gate.asked_db
+        if psnr_db >= asked:
+            break
+        best.refused = (
+            f"{component}: INT8 ({best.name}) draws images of {psnr_db:.1f} dB, {asked:.1f} are asked for "
+            "(psnr_db_min of the budget, less what other components take)"
+        )
+        spared, psnr_db = _spared_for_images(component, kit, folder, best, probes, psnr_db - asked, alone), None
+        if spared is not None:
+            correct.append(spared)
+            candidates.append(spared)
+        best = judge() if spared is not None else _best([one for one in correct if one.refused is None], size_limit)
+    if gate is not None:
+        gate.settle(psnr_db)
     advance()
-    survivors = [candidate for candidate in correct if candidate.refused is None]
-    return _best(survivors, size_limit), [candidate for candidate in candidates if candidate.refused is not None]
+    return best, [candidate for candidate in candidates if candidate.refused is not None]
+
+
+def _spared_for_images(
+    component: str,
+    kit: Kit,
+    folder: Path,
+    best: Candidate,
+    probes: Sequence[Probe],
+    missing_db: float,
+    alone: dict[str, float],
+) -> Candidate | None:
+    """The same recipe with more layers in float: as many as bring its error down by what images lack, `missing_db` < 0.
+
+    The error of images goes with that of the component. None if too many layers would be needed.
+    """
+    recipe, _, count = best.name.partition(", spared ")
+    number = int(count or 0) + 1
+    if number > SPARED_FOR_IMAGES:
+        return None
+    limit = best.parity.relative_error / best.parity.allowance * 10 ** (missing_db / 20)
+    trial, all_layers = folder / f"spared{kit.suffix}", replace(best.recipe, keep_float=())
+    spared = spare(kit, trial, all_layers, probes, limit, alone)
+    if spared is None:
+        return None
+    for file in kit.files(trial):
+        file.unlink()
+    name = f"{recipe}, spared {number}"
+    path = folder / f"{recipe}-{number}" / engine_name(component, kit)
+    candidate = Candidate(name, path, spared[0], *judge_parity(kit, path, spared[0], probes, best.parity.limit))
+    candidate.size_bytes = sum(file.stat().st_size for file in kit.files(path))
+    return candidate
 
 
 def engine_name(component: str, kit: Kit) -> str:
@@ -95,11 +154,15 @@ def engine_name(component: str, kit: Kit) -> str:
     return f"{component}-int8{'' if kit.runtime == 'onnxruntime' else f'-{kit.runtime}'}{kit.suffix}"
 
 
-def build_candidates(component: str, kit: Kit, folder: Path, probes: Sequence[Probe], limit: float) -> list[Candidate]:
-    """One per recipe that finds something to quantize; those that are wrong, or INT8 in name only, are refused."""
+def build_candidates(
+    component: str, kit: Kit, folder: Path, probes: Sequence[Probe], limit: float, alone: dict[str, float]
+) -> list[Candidate]:
+    """One per recipe that finds something to quantize; those that are wrong, or INT8 in name only, are refused.
+
+    `alone`: the errors of single layers, as far as they are found, see `spare`.
+    """
     candidates: list[Candidate] = []
     same: set[tuple[Any, ...]] = set()
-    alone: dict[str, float] = {}
     for name, recipe in list(kit.recipes.items())[: RECIPES_OF_LARGE if is_large(kit) else None]:
         path = folder / name / engine_name(component, kit)
         chosen = kit.settle(recipe)

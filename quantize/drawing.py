@@ -5,15 +5,22 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ldm_deploy.eval.machine import usable_threads
 from ldm_deploy.eval.metrics import bootstrap_ci, psnr_db_each
 from ldm_deploy.eval.parity import Runnable
+from ldm_deploy.quantize.calibration import PROMPTS, CalibrationSet
 from ldm_deploy.runtime.pipeline import Pipeline
 
+if TYPE_CHECKING:
+    from ldm_deploy.runtime.bundle import Bundle
+
 PEAK = 255.0
+SEEDS = (0, 1)  # with which every prompt is drawn
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,37 @@ class Drawing:
             "prompts": list(self.prompts),
             "seeds": list(self.seeds),
         }
+
+
+@dataclass(frozen=True)
+class Studio:
+    """What a node needs to draw as `Drawing` does: it opens the variant of the bundle itself. Hashable."""
+
+    bundle: Path
+    variant: str
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    steps: int
+    threads: int  # of an engine
+
+    def open(self) -> Drawing:
+        from ldm_deploy.runtime.pipeline import load
+
+        pipeline = load(self.bundle, variant=self.variant, threads=self.threads)
+        return Drawing(pipeline, self.prompts, self.seeds, self.steps)
+
+
+def studio_of(
+    bundle: Bundle, target: str, data: CalibrationSet, threads: int | None, *, prompts: int, steps: int | None = None
+) -> Studio:
+    """What the fp32 variant of a target draws, with `steps` at most (None: its own).
+
+    Prompts are the first of calibration's: those of the report are not to be tuned for.
+    """
+    variant = f"fp32-{target}"
+    own = int(next(one["steps"] for one in bundle.data["variants"] if one["name"] == variant))
+    chosen = tuple(data.details.get("prompts") or PROMPTS)[:prompts]
+    return Studio(bundle.root.resolve(), variant, chosen, SEEDS, min(steps or own, own), threads or usable_threads())
 
 
 def image_quality(reference: np.ndarray, candidate: np.ndarray, *, seed: int = 0) -> dict[str, Any]:

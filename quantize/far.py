@@ -6,31 +6,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from ldm_deploy.quantize import cpu
-from ldm_deploy.quantize.drawing import Drawing
+from ldm_deploy.quantize.drawing import Drawing, Studio
 from ldm_deploy.quantize.kit import Spec
-
-
-@dataclass(frozen=True)
-class Studio:
-    """What a node needs to draw as `Drawing` does: it opens the variant of the bundle itself. Hashable."""
-
-    bundle: Path
-    variant: str
-    prompts: tuple[str, ...]
-    seeds: tuple[int, ...]
-    steps: int
-    threads: int  # of an engine
-
-    def open(self) -> Drawing:
-        from ldm_deploy.runtime.pipeline import load
-
-        pipeline = load(self.bundle, variant=self.variant, threads=self.threads)
-        return Drawing(pipeline, self.prompts, self.seeds, self.steps)
 
 
 @dataclass(frozen=True)

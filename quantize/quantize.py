@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ldm_deploy.eval.budget import Budget
     from ldm_deploy.eval.parity import Probe
     from ldm_deploy.quantize.candidates import Candidate
+    from ldm_deploy.quantize.images import ImageGate
     from ldm_deploy.quantize.kit import Kit
     from ldm_deploy.runtime.bundle import Bundle
 
@@ -94,6 +95,7 @@ def quantize_bundle(
     if builds and searched:
         search = BundleSearch(bundle, target, limits, data, out, searched, builds=builds, seed=seed, threads=threads,
                               ray=ray)  # fmt: skip
+    gate = _image_gate(bundle, target, of_variant.limits.get("psnr_db_min"), data, wanted, seed, threads)
     new_engines: list[dict[str, Any]] = []
     refused: list[dict[str, Any]] = []
     with staged_directory(out) as staging, task(f"quantizing for {target}", 3 * len(wanted)) as advance:
@@ -112,6 +114,7 @@ def quantize_bundle(
                 refine = functools.partial(search.refine, name, kit, folder, probes, limit, feeds)
             kept, losers = quantize_component(
                 name, kit, folder, data.samples(name), probes, limit, batch=batch, seed=seed, refine=refine,
+                gate=gate if name in DRAWING else None,
                 size_limit=size_limit(of_variant, sizes, baseline_bytes, order[place:]), advance=advance,
             )  # fmt: skip
             if kept is None:
@@ -143,6 +146,28 @@ def quantize_bundle(
             _write_timestep_error(made, target, seed, threads)
             write_bundle(staging, content)
     return read_bundle(out)
+
+
+def _image_gate(
+    bundle: Bundle,
+    target: str,
+    psnr_db_min: Any,
+    data: CalibrationSet,
+    wanted: Sequence[str],
+    seed: int,
+    threads: int | None,
+) -> ImageGate | None:
+    """None where no images are drawn, nothing is asked of them, or they take hours: the report alone judges then."""
+    from ldm_deploy.quantize.drawing import studio_of
+    from ldm_deploy.quantize.images import PROMPTS, ImageGate
+    from ldm_deploy.quantize.kit import LARGE_BYTES
+
+    drawn = [name for name in wanted if name in DRAWING]
+    large = any(record["size_bytes"] > LARGE_BYTES for record in _records(bundle.data, target, "fp32").values())
+    if bundle.data["model"] is None or psnr_db_min is None or not drawn or large:
+        return None
+    drawing = studio_of(bundle, target, data, threads, prompts=PROMPTS).open()
+    return ImageGate(drawing, float(psnr_db_min), len(drawn), seed=seed)
 
 
 def _write_timestep_error(bundle: Bundle, target: str, seed: int, threads: int | None) -> None:

@@ -14,8 +14,9 @@ from ldm_deploy.artifact import content_key
 from ldm_deploy.errors import QuantizationError
 from ldm_deploy.eval.machine import machine, usable_threads
 from ldm_deploy.eval.studies import read_studies
-from ldm_deploy.quantize.calibration import PROMPTS, CalibrationSet
-from ldm_deploy.quantize.far import Far, Studio
+from ldm_deploy.quantize.calibration import CalibrationSet
+from ldm_deploy.quantize.drawing import studio_of
+from ldm_deploy.quantize.far import Far
 from ldm_deploy.quantize.mixed import mix_component
 from ldm_deploy.quantize.search import Measured
 from ldm_deploy.quantize.timestep_error import write_study
@@ -28,8 +29,7 @@ if TYPE_CHECKING:
     from ldm_deploy.quantize.kit import Kit
     from ldm_deploy.runtime.bundle import Bundle
 
-# Drawn for every layer and every assignment.
-STUDY_PROMPTS, STUDY_SEEDS, STUDY_STEPS = 2, (0, 1), 20
+STUDY_PROMPTS, STUDY_STEPS = 2, 20  # drawn for every layer and every assignment
 
 
 class BundleSearch:
@@ -59,12 +59,7 @@ class BundleSearch:
         self.drawing: Drawing | None = None
         self.far: Far | None = None
         if bundle.data["model"] is not None:
-            variant = f"fp32-{target}"
-            prompts = data.details.get("prompts") or PROMPTS  # those of the report are not to be tuned for
-            steps = min(STUDY_STEPS, next(one["steps"] for one in bundle.data["variants"] if one["name"] == variant))
-            studio = Studio(
-                bundle.root.resolve(), variant, tuple(prompts[:STUDY_PROMPTS]), STUDY_SEEDS, steps, self.threads
-            )
+            studio = studio_of(bundle, target, data, self.threads, prompts=STUDY_PROMPTS, steps=STUDY_STEPS)
             self.drawing = studio.open()
             self.far = None if ray is None else Far(ray, studio)
             limit = limits.limits_for(f"int8-{target}").limits.get("psnr_db_min")

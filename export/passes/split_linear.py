@@ -31,35 +31,34 @@ def _replace(model: ir.Model, split: ir.Node) -> bool:
     if not (add and matmul and only_user(add.outputs[0], "Split") and only_user(matmul.outputs[0], "Add")):
         return False
     weight, bias = matmul.inputs[1], add.inputs[1 if add.inputs[0] is matmul.outputs[0] else 0]
-    tensors = [ir.convenience.get_const_tensor(value) for value in (weight, bias)]
-    shape, axis = split.inputs[0].shape, split.attributes.get_int("axis", 0)
+    assert weight is not None
+    assert bias is not None
+    tensors = [tensor for value in (weight, bias) if (tensor := ir.convenience.get_const_tensor(value)) is not None]
+    shape, axis = add.outputs[0].shape, split.attributes.get_int("axis", 0)
     if axis != -1 and (shape is None or axis != len(shape) - 1):
         return False
-    if tensors[0] is None or tensors[1] is None or len(tensors[0].shape) != 2 or len(tensors[1].shape) != 1:
+    if [len(tensor.shape) for tensor in tensors] != [2, 1]:
         return False
     widths = number_list(split.inputs[1]) if len(split.inputs) > 1 else None
     if widths is None:
-        each, rest = divmod(int(tensors[0].shape[1]), len(split.outputs))
+        each, rest = divmod(tensors[1].size, len(split.outputs))
         widths = [each] * len(split.outputs)
         if rest or len(split.inputs) > 1:
             return False
+    arrays = [tensor.numpy() for tensor in tensors]
     for index, (old, width, end) in enumerate(zip(list(split.outputs), widths, accumulate(widths), strict=True)):
         parts = []
-        for value, tensor in zip((weight, bias), tensors, strict=True):
-            assert value is not None
-            assert tensor is not None
-            piece = ir.tensor(
-                np.ascontiguousarray(tensor.numpy()[..., end - width : end]), name=f"{value.name}_{index}"
-            )
-            parts.append(
-                ir.Value(name=piece.name, shape=piece.shape, type=ir.TensorType(piece.dtype), const_value=piece)
-            )
+        for value, array in zip((weight, bias), arrays, strict=True):
+            part = np.ascontiguousarray(array[..., end - width : end])
+            piece = ir.tensor(part, name=f"{value.name}_{index}")
+            shape, kind = ir.Shape(part.shape), ir.TensorType(piece.dtype)
+            parts.append(ir.Value(name=piece.name, shape=shape, type=kind, const_value=piece))
             model.graph.register_initializer(parts[-1])
         product = ir.Node("", "MatMul", [matmul.inputs[0], parts[0]], name=f"{matmul.name}_{index}")
         total = ir.Node("", "Add", [product.outputs[0], parts[1]], name=f"{add.name}_{index}")
         product.outputs[0].name = f"{matmul.outputs[0].name}_{index}"
-        for new in (product.outputs[0], total.outputs[0]):
-            new.type, new.shape = old.type, old.shape
+        for made in (product.outputs[0], total.outputs[0]):
+            made.type, made.shape = old.type, old.shape
         assert split.graph is not None
         split.graph.insert_before(split, [product, total])
         new, name = total.outputs[0], old.name

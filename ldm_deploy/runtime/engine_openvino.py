@@ -87,6 +87,7 @@ class OpenVinoEngine:
         else:
             model = self._core.read_model(self.path)
             model.reshape({name: list(shape) for name, shape in shapes})
+            self._graphs.pop(None, None)  # it would hold the weights once more
             graph = self._core.compile_model(model, "CPU", self._options)
         hint = self._options["INFERENCE_PRECISION_HINT"]
         asked = graph.get_property("INFERENCE_PRECISION_HINT").get_type_name()
@@ -103,7 +104,6 @@ class OpenVinoEngine:
                 return shapes
             if len(self._graphs.keys() - {None}) < self._fixed:
                 self._graphs[shapes] = self._compile(shapes)
-                self._graphs.pop(None, None)  # it would hold the weights once more
                 return shapes
             if None not in self._graphs:
                 self._graphs[None] = self._compile(None)

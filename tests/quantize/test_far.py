@@ -15,8 +15,8 @@ from ldm_deploy.eval import cluster
 from ldm_deploy.eval.parity import Probe
 from ldm_deploy.quantize import cpu, far
 from ldm_deploy.quantize.calibration import Samples
-from ldm_deploy.quantize.drawing import Drawing
-from ldm_deploy.quantize.far import Far, Studio
+from ldm_deploy.quantize.drawing import Drawing, Studio
+from ldm_deploy.quantize.far import Far
 from ldm_deploy.quantize.onnxruntime_cpu import OnnxRuntimeKit
 from ldm_deploy.quantize.sensitivity import LayerStudy, study_layers
 from ldm_deploy.runtime.bundle import write_bundle
