@@ -1,6 +1,6 @@
 """Our INT8 beside that of ONNX Runtime, NNCF and optimum: one model, one interleaved run, every engine against torch.
 
-    .venv/bin/python benchmarks/quantization.py MODEL [--work DIR] [--only ROW] [--rounds N] [--threads N] [--json FILE]
+    .venv/bin/python benchmarks/quantization.py MODEL [--work DIR] [--rows ROW ...] [--rounds N] [--threads N]
 
 - `unet71m`: diffusers' UNet2DConditionModel, 71.2 M parameters (block_out_channels 128, 256, 512; two layers per
   block; cross-attention 256; attention_head_dim 8), latents 1x4x32x32, context 1x16x256; random weights, fixed seed
@@ -67,6 +67,7 @@ DRAWN = {"calibration": ((10, True), (10, False)), "probes": ((4, True),)}
 DRAWN_SD15 = {"calibration": ((4, False),), "probes": ((2, False),)}
 PARITY = 0.1  # as in eval/budgets.toml
 TORCH = "torch eager fp32"
+PREPARE = "prepare"  # what is not a row
 OURS = "onnxruntime"  # folder with the file that has our passes for ONNX Runtime
 AGAINST = (TORCH, "ONNX Runtime fp32", "OpenVINO bf16", "NNCF, its default, + bf16", "the same, sizes fixed")
 SHOWN = tuple(name for name in AGAINST if name != "OpenVINO bf16")
@@ -388,8 +389,7 @@ def built_row(name: str, model: str, work: Path, threads: int | None) -> dict[st
     """What `build_row` says in a process of its own, and `peak_memory_bytes`; kept beside the row's files."""
     done = row_folder(work / model, name) / "row.json"
     if not done.is_file():
-        command = [sys.executable, __file__, model, "--work", str(work), "--only", name]
-        process = subprocess.Popen([*command, *(["--threads", str(threads)] if threads else [])])
+        process = subprocess.Popen(own_process(model, work, name, threads))
         peak = 0
         while process.poll() is None:
             peak = max(peak, family_bytes(process.pid))
@@ -400,6 +400,12 @@ def built_row(name: str, model: str, work: Path, threads: int | None) -> dict[st
         atomic_write_json(done, row | {"peak_memory_bytes": peak})
     kept: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
     return kept
+
+
+def own_process(model: str, work: Path, name: str, threads: int | None) -> list[str]:
+    """The command that builds one row, or prepares."""
+    command = [sys.executable, __file__, model, "--work", str(work), "--only", name]
+    return [*command, *(["--threads", str(threads)] if threads else [])]
 
 
 def family_bytes(pid: int) -> int:
@@ -440,11 +446,11 @@ def _psnr(spec: Spec, folder: Path, threads: int | None) -> float:
     return float(psnr_db_of(mse, peak=float(np.ptp(expected))))
 
 
-def benchmark(model: str, work: Path, rounds: int, threads: int | None) -> dict[str, Any]:
+def benchmark(model: str, work: Path, names: Sequence[str], rounds: int, threads: int | None) -> dict[str, Any]:
     """Build what is missing, measure everything in one run."""
     folder = work / model
-    prepare(model, folder, threads)
-    rows = {name: built_row(name, model, work, threads) for name in ROWS}
+    subprocess.run(own_process(model, work, PREPARE, threads), check=True)  # torch's weights go with it
+    rows = {name: built_row(name, model, work, threads) for name in names}
     count = machine(threads)["threads"]
     specs: dict[str, Spec] = {
         TORCH: {
@@ -509,17 +515,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("model", choices=tuple(COMPONENTS))
     parser.add_argument("--work", type=Path, default=Path("build/quantization"), help="where engines are kept")
-    parser.add_argument("--only", choices=tuple(ROWS), default=None, help="build this row here and measure nothing")
+    parser.add_argument("--only", choices=(PREPARE, *ROWS), default=None, help="build this row here, measure nothing")
+    parser.add_argument("--rows", nargs="+", choices=tuple(ROWS), default=tuple(ROWS), help="build and measure these")
     parser.add_argument("--rounds", type=int, default=30, help="interleaved rounds of the measurement")
     parser.add_argument("--threads", type=int, default=None, help="threads per engine (default: all)")
     parser.add_argument("--json", type=Path, default=None, help="write the result there")
     options = parser.parse_args()
     if options.only is not None:
         prepare(options.model, options.work / options.model, options.threads)
+        if options.only == PREPARE:
+            return 0
         row = build_row(options.only, options.model, options.work / options.model, options.threads)
         atomic_write_json(row_folder(options.work / options.model, options.only) / "row.json", row)
         return 0
-    result = benchmark(options.model, options.work, options.rounds, options.threads)
+    result = benchmark(options.model, options.work, options.rows, options.rounds, options.threads)
     if options.json is not None:
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     show(result)

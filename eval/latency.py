@@ -43,6 +43,7 @@ __all__ = [
 
 LEAST_ROUNDS = 5  # whatever the time limit says: fewer have no useful interval
 ROUNDS_PER_LOOK = 20  # before an interval is asked whether it is narrow enough
+LONG_MS = 10_000  # of calling an engine before it is timed: one that takes seconds is not waited for
 THREADS_TO_LOAD = 2  # an engine that is opened keeps about as many busy
 P99_SAMPLES = 100  # fewer have no 99th percentile
 
@@ -301,11 +302,14 @@ def interleaved(
 
 
 def warm_up(call: Callable[[], float], *, least: int = 3, most: int = 12, tolerance: float = 0.1) -> int:
-    """Call until the last two latencies are within `tolerance` of the fastest so far. Returns the number of calls."""
+    """Call until the last two latencies (ms) are within `tolerance` of the fastest so far, `LONG_MS` at most.
+
+    Returns the number of calls.
+    """
     seen: list[float] = []
     while len(seen) < most:
         seen.append(call())
-        if len(seen) >= least and max(seen[-2:]) <= (1 + tolerance) * min(seen):
+        if len(seen) >= least and (max(seen[-2:]) <= (1 + tolerance) * min(seen) or sum(seen) > LONG_MS):
             break
     return len(seen)
 

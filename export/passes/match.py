@@ -14,9 +14,10 @@ def producer(value: ir.Value | None, kind: str) -> ir.Node | None:
 
 
 def only_user(value: ir.Value, kind: str) -> ir.Node | None:
-    """The one node that reads `value`, if it is of this kind."""
+    """The one node that reads `value`, if it is of this kind and nobody outside asks for the value."""
     users = [use.node for use in value.uses()]
-    return users[0] if len(users) == 1 and users[0].op_type == kind else None
+    alone = len(users) == 1 and not value.is_graph_output()
+    return users[0] if alone and users[0].op_type == kind else None
 
 
 def number(value: ir.Value | None) -> Any:

@@ -190,7 +190,12 @@ def test_the_time_limit_ends_whole_rounds() -> None:
 
 @pytest.mark.parametrize(
     ("latencies", "calls"),
-    [([9, 5, 5, 5], 3), ([100, 50, 20, 10, 10, 10], 6 - 1), ([5, 9, 5, 9, 5, 9, 5, 9, 5, 9, 5, 9, 5], 12)],
+    [
+        ([9, 5, 5, 5], 3),
+        ([100, 50, 20, 10, 10, 10], 6 - 1),
+        ([5, 9, 5, 9, 5, 9, 5, 9, 5, 9, 5, 9, 5], 12),
+        ([9e3, 5e3, 3e3, 2e3, 1e3], 3),
+    ],
 )
 def test_warm_up_goes_on_until_stable(latencies: list[float], calls: int) -> None:
     assert warm_up(iter([float(value) for value in latencies]).__next__) == calls

@@ -26,7 +26,7 @@ from tests.tiny_bundle import write_tiny_bundle
 
 
 class Easel:
-    """Stands for a drawing: its images are an engine's output, 20 grey levels per unit and not rounded to whole ones."""
+    """Stands for a drawing: its images are an engine's output, 20 grey levels per unit, not rounded."""
 
     def images(self, component: str, engine: Runnable) -> np.ndarray:
         value = engine.run(make_feeds(5))["prediction"]

@@ -232,6 +232,9 @@ def test_what_is_read_back_is_what_the_recipe_chose(kit: OpenVinoKit, probes: li
         assert found["int8"] >= len(kinds)
         assert sum(count for name, count in found.items() if name != "int8") >= 3  # first, last, timestep at least
         outputs = engine.run(probes[0].inputs)["prediction"]
+        quick = kit.open(path, recipe, trial=True)  # compiled once for all sizes
+        assert relative_error(outputs, quick.run(probes[0].inputs)["prediction"]) < 1e-2
+        assert [list(one._graphs) == [None] for one in (engine, quick)] == [False, True]
         errors.append(relative_error(probes[0].outputs["prediction"], outputs))
         assert 1e-4 < errors[-1] < 0.1
         costs = kit.profile(kit.spec(path, recipe), probes[0].inputs)
