@@ -83,15 +83,16 @@ def plan(unit: Unit, targets: Mapping[str, Sequence[str]], *, builds: int = 0) -
     for target in targets:
         passes = 4 if target == "onnxruntime-cpu" else 6
         observed = passes * SAMPLES * (unit.unet_s + unit.decoder_s)
+        layers = sum(unit.layers.get(name, 0) for name in ("unet", "vae_decoder"))
+        compiled = 2.0 * layers if target == "openvino-cpu" else 0.0  # to find those that stay in float
         steps.append(
             Step(
                 f"quantize {target}",
                 "U-Net, decoder and encoder, each recipe built, compared and timed",
-                60 + observed + million,
+                60 + observed + million + compiled,
             )
         )
         if builds:
-            layers = unit.layers.get("unet", 0) + unit.layers.get("vae_decoder", 0)
             steps.append(Step(f"study {target}", f"about {layers} layers, each quantized alone", layers * trial))
             steps.append(Step(f"search {target}", f"at most {builds} builds per component", 2 * builds * (trial + 8)))
     variants = 1 + sum(len(precisions) + 1 for precisions in targets.values())

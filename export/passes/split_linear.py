@@ -1,7 +1,8 @@
 """A linear layer whose result is split becomes one layer per part: nothing is copied apart.
 
 The gated feed-forward layer of diffusers' transformers (GEGLU, Shazeer 2020, arXiv:2002.05202) projects to twice its
-width and splits. A U-Net of 71 M parameters, which has eleven of them, gets SPEED.
+width and splits. A U-Net of 71 M parameters, which has eleven of them, has 1.014 times the speed in ONNX
+Runtime (1.009 to 1.025; fp32, two cores of an AMD EPYC with AVX-512).
 """
 
 from __future__ import annotations
