@@ -98,8 +98,9 @@ def quantize_component(
         judge()
     best = _best([one for one in correct if one.refused is None], size_limit)
     psnr_db = None
-    while gate is not None and best is not None:
+    if gate is not None and best is not None:
         fp32 = kit.open_spec(next(iter(kit.siblings().values())))
+    while gate is not None and best is not None:
         psnr_db, asked = gate.psnr_db(component, fp32, kit.open(best.path, best.recipe)), gate.asked_db
         if psnr_db >= asked:
             break
@@ -144,9 +145,9 @@ def _spared_for_images(
         file.unlink()
     name = f"{recipe}, spared {number}"
     path = folder / f"{recipe}-{number}" / engine_name(component, kit)
-    candidate = Candidate(name, path, spared[0], *judge_parity(kit, path, spared[0], probes, best.parity.limit))
-    candidate.size_bytes = sum(file.stat().st_size for file in kit.files(path))
-    return candidate
+    return _judged(
+        component, kit, name, path, spared[0], *judge_parity(kit, path, spared[0], probes, best.parity.limit)
+    )
 
 
 def engine_name(component: str, kit: Kit) -> str:
@@ -185,10 +186,7 @@ def build_candidates(
                 for file in kit.files(trial):
                     file.unlink()
                 parity, found = judge_parity(kit, path, chosen, probes, limit)
-        candidate = Candidate(name, path, chosen, parity, found)
-        candidate.size_bytes = sum(file.stat().st_size for file in kit.files(path))
-        candidate.refused = _wrong(component, kit, candidate)
-        candidates.append(candidate)
+        candidates.append(_judged(component, kit, name, path, chosen, parity, found))
     if not candidates:
         raise QuantizationError(f"{component} has nothing that a recipe could quantize; leave it out with --component")
     return candidates
@@ -201,6 +199,16 @@ def judge_parity(
     kit.build(path, recipe)
     engine = kit.open(path, recipe)
     return compare_outputs(engine, probes, limit), kit.found(path, engine)
+
+
+def _judged(
+    component: str, kit: Kit, name: str, path: Path, recipe: AnyRecipe, parity: ParityResult, found: dict[str, int]
+) -> Candidate:
+    """What was built at `path`, refused if it is wrong."""
+    candidate = Candidate(name, path, recipe, parity, found)
+    candidate.size_bytes = sum(file.stat().st_size for file in kit.files(path))
+    candidate.refused = _wrong(component, kit, candidate)
+    return candidate
 
 
 def _wrong(component: str, kit: Kit, candidate: Candidate) -> str | None:
