@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,12 +86,14 @@ class OnnxRuntimeEngine:
             options.enable_profiling = True
             options.profile_file_prefix = str(profile_prefix)
         _check_device(device, onnxruntime.get_available_providers(), Path(path))
+        missing = _load_cuda_libraries() if device == "cuda" else ""
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=PROVIDERS[device])
         except Exception as error:  # onnxruntime's exceptions share no public base class
             reason = _first_line(error)
             raise EngineError(f"ONNX Runtime cannot open {path}: {reason}; build the engine again") from None
-        _check_device(device, self._session.get_providers(), Path(path))  # without a GPU it goes on with the CPU
+        # Without a GPU, or a library of CUDA, it goes on with the CPU.
+        _check_device(device, self._session.get_providers(), Path(path), missing)
         self.path, self.device = Path(path), device
         self.inputs = [_info(value) for value in self._session.get_inputs()]
         self.outputs = [_info(value) for value in self._session.get_outputs()]
@@ -111,11 +115,22 @@ class OnnxRuntimeEngine:
         return Path(self._session.end_profiling())
 
 
-def _check_device(device: str, providers: list[str], path: Path) -> None:
+def _load_cuda_libraries() -> str:
+    """CUDA's libraries as pip installed them, where ONNX Runtime does not look by itself unless torch is imported
+    first. Returns what it said of one that it cannot load."""
+    import onnxruntime
+
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        onnxruntime.preload_dlls()
+    return next(iter(said.getvalue().splitlines()), "")
+
+
+def _check_device(device: str, providers: list[str], path: Path, missing: str = "") -> None:
     if device == "cuda" and "CUDAExecutionProvider" not in providers:
+        reason = f" ({missing})" if missing else ""
         raise EngineError(
-            f"ONNX Runtime finds no NVIDIA GPU here for {path}; pip install 'ldm-deploy[gpu]' where there is one, or "
-            "choose a variant for the CPU"
+            f"ONNX Runtime finds no NVIDIA GPU here for {path}{reason}; pip install 'ldm-deploy[gpu]' where there is "
+            "one, or choose a variant for the CPU"
         )
 
 

@@ -1,4 +1,4 @@
-"""AOTInductor packages, compiled for the CPU: the same calls as for a GPU, where they were not run yet."""
+"""AOTInductor packages, compiled for the CPU and, where there is one, for a GPU: the same calls for both."""
 
 from __future__ import annotations
 
@@ -51,23 +51,31 @@ def traced(tmp_path_factory: pytest.TempPathFactory) -> Traced:
     return Traced(module, probes, (AXES, {}), "unet", {}, tmp_path_factory.mktemp("traced"))
 
 
+@pytest.fixture(scope="module", params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+def device(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def package(traced: Traced, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def package(traced: Traced, tmp_path_factory: pytest.TempPathFactory, device: str) -> tuple[Path, dict[str, Any]]:
     path = tmp_path_factory.mktemp("aoti") / "unet-fp32.pt2"
-    found = to_aoti(traced.module_in("fp32"), traced.probes[0].inputs, AXES, path, component="unet", device="cpu")
-    return path, found
+    module = traced.module_in("fp32")
+    try:
+        return path, to_aoti(module, traced.probes[0].inputs, AXES, path, component="unet", device=device)
+    finally:
+        module.to("cpu")
 
 
-def opened(path: Path, **needs: str) -> TorchEngine:
-    built_for = {**torch_properties("cpu"), **needs}
-    return TorchEngine(path, "aoti", ["latent", "timestep"], ["image", "mean"], built_for, device="cpu")
+def opened(path: Path, device: str, **needs: str) -> TorchEngine:
+    built_for = {**torch_properties(device), **needs}
+    return TorchEngine(path, "aoti", ["latent", "timestep"], ["image", "mean"], built_for, device=device)
 
 
-def test_it_is_the_module_at_every_size(traced: Traced, package: tuple[Path, dict[str, Any]]) -> None:
-    result = compare_outputs(opened(package[0]), traced.probes, 1e-5)
+def test_it_is_the_module_at_every_size(traced: Traced, package: tuple[Path, dict[str, Any]], device: str) -> None:
+    result = compare_outputs(opened(package[0], device), traced.probes, 1e-5)
     assert result.passed
     assert len(traced.probes) == 4  # one size more for each of three symbols
-    assert package[1] == {"precision_found": {"fp32": 3}, "built_for": torch_properties("cpu")}
+    assert package[1] == {"precision_found": {"fp32": 3}, "built_for": torch_properties(device)}
 
 
 def test_signature_without_a_graph(traced: Traced) -> None:
@@ -79,20 +87,20 @@ def test_signature_without_a_graph(traced: Traced) -> None:
     assert [(v.name, v.shape) for v in outputs] == [("image", ("batch", 3, "image_2", "image_3")), ("mean", ("batch",))]
 
 
-def test_another_torch_is_refused_by_name(package: tuple[Path, dict[str, Any]]) -> None:
+def test_another_torch_is_refused_by_name(package: tuple[Path, dict[str, Any]], device: str) -> None:
     with pytest.raises(EngineError, match=r"unet-fp32 was built with torch 2\.0\.0 and .* is installed"):
-        opened(package[0], torch="2.0.0")
+        opened(package[0], device, torch="2.0.0")
 
 
 def test_a_damaged_package_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "unet.pt2").write_bytes(b"PK")
     with pytest.raises(EngineError, match=r"torch cannot load .*unet\.pt2: .*; build the engine again"):
-        opened(tmp_path / "unet.pt2")
+        opened(tmp_path / "unet.pt2", "cpu")
 
 
-def test_a_missing_input_is_named(package: tuple[Path, dict[str, Any]]) -> None:
+def test_a_missing_input_is_named(package: tuple[Path, dict[str, Any]], device: str) -> None:
     with pytest.raises(EngineError, match="needs the input 'timestep'; given: latent"):
-        opened(package[0]).run({"latent": np.zeros((2, 4, 8, 8), np.float32)})
+        opened(package[0], device).run({"latent": np.zeros((2, 4, 8, 8), np.float32)})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -164,9 +172,20 @@ def test_onnxruntime_does_not_go_on_without_the_gpu(traced: Traced) -> None:
         OnnxRuntimeEngine(traced.graph("fp32"), device="cuda")
 
 
+@pytest.mark.filterwarnings("ignore:Specified provider 'CUDAExecutionProvider'")
+def test_a_library_of_cuda_that_is_not_there_is_named(traced: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("there is a GPU")
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: print("Failed to load libcublas.so.13\nFailed to load b"))
+    with pytest.raises(EngineError, match=r"no NVIDIA GPU here for .* \(Failed to load libcublas.so.13\); pip"):
+        OnnxRuntimeEngine(traced.graph("fp32"), device="cuda")
+
+
 @pytest.mark.slow
 def test_a_program_in_cpp_runs_the_package_without_python(
-    traced: Traced, package: tuple[Path, dict[str, Any]], root: Path, tmp_path: Path
+    traced: Traced, package: tuple[Path, dict[str, Any]], root: Path, tmp_path: Path, device: str
 ) -> None:
     torch_root = Path(torch.__file__).parent
     program = tmp_path / "run_aoti"
@@ -174,6 +193,7 @@ def test_a_program_in_cpp_runs_the_package_without_python(
         "g++", "-std=c++20", str(root / "examples" / "cpp" / "run_aoti.cpp"), "-o", str(program),
         f"-I{torch_root}/include", f"-I{torch_root}/include/torch/csrc/api/include", f"-L{torch_root}/lib",
         f"-Wl,-rpath,{torch_root}/lib", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10",
+        *(["-ltorch_cuda", "-lc10_cuda"] if device == "cuda" else []),
     ]  # fmt: skip
     subprocess.run(command, check=True)
     words: list[str] = []
@@ -183,9 +203,9 @@ def test_a_program_in_cpp_runs_the_package_without_python(
         words += [str(value.dtype), ",".join(map(str, value.shape)), str(tmp_path / name)]
     output = tmp_path / "image.bin"
     environment = {"PATH": "/usr/bin:/bin"}
-    subprocess.run([str(program), str(package[0]), "cpu", str(output), *words], check=True, env=environment)
+    subprocess.run([str(program), str(package[0]), device, str(output), *words], check=True, env=environment)
     expected = probe.outputs["image"]
     np.testing.assert_allclose(np.fromfile(output, np.float32).reshape(expected.shape), expected, atol=1e-5)
-    failed = subprocess.run([str(program), "nowhere.pt2", "cpu", str(output), *words], capture_output=True, text=True)
+    failed = subprocess.run([str(program), "nowhere.pt2", device, str(output), *words], capture_output=True, text=True)
     assert failed.returncode == 1
     assert failed.stderr.startswith("error: ")
