@@ -116,6 +116,7 @@ def _export(
             write_probes(staging / "probes" / f"{component}.safetensors", probes[component])
             axes = component_axes(component, model.model["downsampling"], model.signatures[component])
             ranges, folder = value_ranges(model.model), staging / "traced"
+            folder.mkdir()
             traced = Traced(modules[component], probes[component], axes, component, ranges, folder)
             for precision, target in chosen:
                 try:

@@ -98,6 +98,7 @@ def _export(
         probes = make_probes(ModuleEngine(module), inputs, axes, source)
         advance()
         folder = staging / "traced"
+        folder.mkdir()
         traced = Traced(module, probes, (axes, {name: {} for name in probes[0].outputs}), component, {}, folder)
         del module
         if not target.from_module:
