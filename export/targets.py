@@ -113,8 +113,8 @@ _ORT = Target(
 _OPENVINO = Target(
     "openvino", "cpu", ">=2025.2", ("openvino",), {"fp32": "fp32", "bf16": "bf16"}, _to_openvino, _found_in_openvino
 )
-# Checked against NVIDIA's bindings only: no engine was built and measured on a GPU yet.
 _ALL = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16"}
+# Checked against NVIDIA's bindings only: no engine was built and measured on a GPU yet.
 _TENSORRT = Target("tensorrt", "cuda", ">=10.13", ("tensorrt",), _ALL, _to_tensorrt)
 _ORT_CUDA = Target(
     "onnxruntime",
@@ -128,7 +128,6 @@ _ORT_CUDA = Target(
 _TORCH_TENSORRT = Target(
     "torch-tensorrt", "cuda", ">=2.11", ("torch-tensorrt",), _ALL, _to_torch_tensorrt, from_module=True
 )
-# The compiler is run on a CPU by tests; on a GPU it was not yet.
 _AOTI = Target("aoti", "cuda", ">=2.11", ("torch",), _ALL, _to_aoti, from_module=True)
 TARGETS = {target.name: target for target in (_ORT, _OPENVINO, _ORT_CUDA, _TENSORRT, _TORCH_TENSORRT, _AOTI)}
 
