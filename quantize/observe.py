@@ -22,6 +22,7 @@ CHUNK_BYTES = 2**28  # activations that are fetched from the engine in one run
 class Histogram:
     counts: np.ndarray  # int64 (BINS,)
     edges: np.ndarray  # float64 (BINS + 1,)
+    channels: tuple[np.ndarray, np.ndarray] | None = None  # smallest and largest value of each, where it was asked for
 
     def add(self, values: np.ndarray) -> None:
         # Equal-width bins: direct indexing is several times faster than np.histogram.
@@ -34,19 +35,27 @@ class Histogram:
 
 
 def observe(
-    model_path: Path, tensors: Sequence[str], samples: Iterable[Mapping[str, np.ndarray]], *, threads: int | None = None
+    model_path: Path,
+    tensors: Sequence[str],
+    samples: Iterable[Mapping[str, np.ndarray]],
+    *,
+    channels: Mapping[str, int] | None = None,
+    threads: int | None = None,
 ) -> dict[str, Histogram]:
     """One histogram per activation named in `tensors`, over all `samples` (feeds of the model; read twice).
 
-    The first pass finds the extremes inside the engine and returns scalars only. The second fetches activations, at
-    most `CHUNK_BYTES` at a time, and counts. Raises `QuantizationError` for a value that is not finite, naming it.
+    `channels`: of these, by name, the rank; their second axis are channels, whose extremes are told apart.
+    The first pass finds the extremes inside the engine. The second fetches activations, at most `CHUNK_BYTES` at a
+    time, and counts. Raises `QuantizationError` for a value that is not finite, naming it.
     """
     with tempfile.TemporaryDirectory() as folder:
-        extremes, sizes = _extremes(model_path, tensors, samples, Path(folder), threads)
-        histograms = {
-            name: Histogram(np.zeros(BINS, np.int64), np.linspace(low, high if high > low else low + 1e-6, BINS + 1))
-            for name, (low, high) in extremes.items()
-        }
+        extremes, sizes = _extremes(model_path, tensors, samples, channels or {}, Path(folder), threads)
+        histograms = {}
+        for name, (low, high) in extremes.items():
+            least, most = float(low.min()), float(high.max())
+            edges = np.linspace(least, most if most > least else least + 1e-6, BINS + 1)
+            each = (low, high) if name in (channels or {}) else None
+            histograms[name] = Histogram(np.zeros(BINS, np.int64), edges, each)
         path, inputs = _with_outputs(model_path, tensors, Path(folder))
         session = _session(path, threads)
         chunks = _chunks([name for name in tensors if name not in inputs], sizes)
@@ -63,49 +72,49 @@ def _extremes(
     model_path: Path,
     tensors: Sequence[str],
     samples: Iterable[Mapping[str, np.ndarray]],
+    channels: Mapping[str, int],
     folder: Path,
     threads: int | None,
-) -> tuple[dict[str, tuple[float, float]], dict[str, int]]:
-    """Smallest and largest value of each tensor over all samples, and its largest size in bytes."""
-    from onnx import TensorProto, helper
+) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], dict[str, int]]:
+    """Smallest and largest value of each tensor, or of each of its `channels`, over all samples; its largest size in
+    bytes."""
+    from onnx import TensorProto, helper, numpy_helper
 
     model = load_model(model_path)
+    for rank in set(channels.values()):
+        axes = np.array([axis for axis in range(rank) if axis != 1], np.int64)
+        model.graph.initializer.append(numpy_helper.from_array(axes, f"__all_but_channels_of_{rank}"))
     names = []
     for tensor in tensors:
-        for op, dtype in (
-            ("ReduceMin", TensorProto.FLOAT),
-            ("ReduceMax", TensorProto.FLOAT),
-            ("Size", TensorProto.INT64),
-        ):
-            name = f"{tensor}__{op}"
-            attributes: dict[str, Any] = {} if op == "Size" else {"keepdims": 0}
-            model.graph.node.append(helper.make_node(op, [tensor], [name], **attributes))
-            model.graph.output.append(helper.make_tensor_value_info(name, dtype, []))
-            names.append(name)
+        inputs = [tensor, *([f"__all_but_channels_of_{channels[tensor]}"] if tensor in channels else [])]
+        for op in ("ReduceMin", "ReduceMax"):
+            names.append(f"{tensor}__{op}")
+            model.graph.node.append(helper.make_node(op, inputs, [names[-1]], keepdims=0))
+            model.graph.output.append(helper.make_tensor_value_info(names[-1], TensorProto.FLOAT, None))
+        names.append(f"{tensor}__Size")
+        model.graph.node.append(helper.make_node("Size", [tensor], [names[-1]]))
+        model.graph.output.append(helper.make_tensor_value_info(names[-1], TensorProto.INT64, []))
     session = _session(_save(model, folder / "extremes.onnx"), threads)
-    low, high = np.full(len(tensors), np.inf), np.full(len(tensors), -np.inf)
-    sizes = np.zeros(len(tensors), np.int64)
+    extremes: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    sizes = dict.fromkeys(tensors, 0)
     count = 0
-    for sample in samples:
+    for count, sample in enumerate(samples, 1):
         values = session.run(names, dict(sample))
-        small, large = np.array(values[0::3], np.float64), np.array(values[1::3], np.float64)
-        bad = ~(np.isfinite(small) & np.isfinite(large))
-        if bad.any():
-            where = f", timestep {sample['timestep'].ravel().tolist()}" if "timestep" in sample else ""
-            raise QuantizationError(
-                f"activation {tensors[int(bad.argmax())]!r} is not finite on calibration sample {count}{where}; "
-                "the fp32 model itself overflows there: repair it, or leave the sample out"
-            )
-        low, high = np.minimum(low, small), np.maximum(high, large)
-        sizes = np.maximum(sizes, np.array(values[2::3], np.int64) * 4)
-        count += 1
+        for tensor, small, large, size in zip(tensors, values[0::3], values[1::3], values[2::3], strict=True):
+            if not (np.isfinite(small).all() and np.isfinite(large).all()):
+                where = f", timestep {sample['timestep'].ravel().tolist()}" if "timestep" in sample else ""
+                raise QuantizationError(
+                    f"activation {tensor!r} is not finite on calibration sample {count - 1}{where}; "
+                    "the fp32 model itself overflows there: repair it, or leave the sample out"
+                )
+            low, high = extremes.get(tensor, (np.inf, -np.inf))
+            extremes[tensor] = np.minimum(low, small, dtype=np.float64), np.maximum(high, large, dtype=np.float64)
+            sizes[tensor] = max(sizes[tensor], int(size) * 4)
     if count == 0:
         raise QuantizationError(
             "the calibration set has no samples for this component; collect one, or give another file"
         )
-    return {name: (low[i], high[i]) for i, name in enumerate(tensors)}, {
-        name: int(sizes[i]) for i, name in enumerate(tensors)
-    }
+    return extremes, sizes
 
 
 def _with_outputs(model_path: Path, tensors: Sequence[str], folder: Path) -> tuple[Path, list[str]]:

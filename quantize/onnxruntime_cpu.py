@@ -5,6 +5,8 @@ What the kernel profile says (FACTS: 71 M U-Net, two Zen 4 cores):
   INT8, and QLinearSoftmax alone then takes 40 % of the time: slower than fp32.
 - A convolution's INT8 kernel (QLinearConv) writes INT8, so its output is quantized too. A MatMul's need not:
   MatMulIntegerToFloat returns float, which costs no second rounding.
+- That second rounding is most of the error, and few outputs, with channels of very different size, are most of that.
+  A scale for each of their channels costs nothing in the kernel: weights and bias are in units of its output's steps.
 - The timestep embedding's Gemms have as many rows as the batch: nothing to win, and every block depends on them.
 - First and last convolution have 3 or 4 channels on one side: little arithmetic, and the last one's output would be the
   image or the noise prediction rounded to 256 levels.
@@ -26,7 +28,7 @@ from ldm_deploy.quantize.cpu import has_vnni
 from ldm_deploy.quantize.kit import LayerInfo, Spec, is_large
 from ldm_deploy.quantize.observe import Histogram, observe
 from ldm_deploy.quantize.profile import NodeTimes, OpCost, onnxruntime_node_times, profile_ops
-from ldm_deploy.quantize.qdq import insert_qdq, select_nodes, tensors_to_observe
+from ldm_deploy.quantize.qdq import insert_qdq, outputs_by_channel, select_nodes, tensors_to_observe
 from ldm_deploy.quantize.scheme import RANGE_METHODS, AnyRecipe, Recipe
 from ldm_deploy.runtime.engines import OnnxRuntimeEngine
 
@@ -75,14 +77,16 @@ def quantize_graph(
         )
     tensors = tensors_to_observe(nodes, recipe)
     if histograms is None:
-        histograms = observe(model_path, tensors, calibration_samples, threads=threads)
+        by_channel = outputs_by_channel(model, nodes)
+        histograms = observe(model_path, tensors, calibration_samples, channels=by_channel, threads=threads)
     missing = [name for name in tensors if name not in histograms]
     if missing:
         raise QuantizationError(
             f"activation {missing[0]!r} of {model_path.name} was not observed; calibrate this very file"
         )
     ranges = {name: histograms[name].range(recipe.range_method) for name in tensors}
-    insert_qdq(model, nodes, ranges, recipe)
+    channels = {name: each for name in tensors if (each := histograms[name].channels) is not None}
+    insert_qdq(model, nodes, ranges, recipe, channels)
     out_path.parent.mkdir(parents=True, exist_ok=True)
     large = model.ByteSize() > 2**31 - 2**24
     onnx.save(model, str(out_path), save_as_external_data=large, location=f"{out_path.name}.data" if large else None)
@@ -96,11 +100,14 @@ def observe_graph(
     """Histograms of every activation that any of `RECIPES` quantizes."""
     model = load_model(model_path)
     tensors: dict[str, None] = {}
+    channels: dict[str, int] = {}
     for recipe in RECIPES.values():
         assert isinstance(recipe, Recipe)
-        for name in tensors_to_observe(select_nodes(model, recipe), recipe):
+        nodes = select_nodes(model, recipe)
+        channels |= outputs_by_channel(model, nodes)
+        for name in tensors_to_observe(nodes, recipe):
             tensors.setdefault(name)
-    return observe(model_path, list(tensors), calibration_samples, threads=threads)
+    return observe(model_path, list(tensors), calibration_samples, channels=channels, threads=threads)
 
 
 class OnnxRuntimeKit:

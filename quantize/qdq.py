@@ -7,9 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from ldm_deploy.quantize.scheme import Recipe, activation_scale, quantize_bias, quantize_weight
+from ldm_deploy.quantize.scheme import Recipe, activation_scale, channel_scales, quantize_bias, quantize_weight
 
 Ranges = Mapping[str, tuple[float, float]]  # tensor name -> interval to represent
+Channels = Mapping[str, tuple[np.ndarray, np.ndarray]]  # tensor name -> smallest and largest value of each channel
+# What may read a convolution's output that has a scale per channel. ONNX Runtime fuses others with their quantized
+# neighbours (Sigmoid, pooling), and the fused ones know one scale only.
+PER_CHANNEL_READERS = (
+    "Add", "Concat", "InstanceNormalization", "Mul", "Reshape", "Resize", "Shape", "Split", "Sub", "Transpose",
+)  # fmt: skip
 
 
 def select_nodes(model: Any, recipe: Recipe) -> list[Any]:
@@ -52,6 +58,20 @@ def tensors_to_observe(nodes: Sequence[Any], recipe: Recipe) -> list[str]:
     return list(names)
 
 
+def outputs_by_channel(model: Any, nodes: Sequence[Any]) -> dict[str, int]:
+    """Outputs of convolutions among `nodes` that may have a scale per channel, with their rank: name -> axes."""
+    ranks = {tensor.name: len(tensor.dims) for tensor in model.graph.initializer}
+    found = {node.output[0]: ranks[node.input[1]] for node in nodes if node.op_type == "Conv"}
+    for node in nodes:
+        found.pop(node.input[0], None)  # its INT8 kernel reads the same 8 bits, with one scale
+    for node in model.graph.node:
+        for name in node.input if node.op_type not in PER_CHANNEL_READERS else ():
+            found.pop(name, None)
+    for value in model.graph.output:
+        found.pop(value.name, None)
+    return found
+
+
 def _weight_axis(node: Any) -> int:
     """The axis of the second input that holds the output channels."""
     if node.op_type == "Conv":
@@ -60,9 +80,12 @@ def _weight_axis(node: Any) -> int:
     return 0 if node.op_type == "Gemm" and transposed else 1
 
 
-def insert_qdq(model: Any, nodes: Sequence[Any], ranges: Ranges, recipe: Recipe) -> None:
-    """Quantize `nodes` of `model` in place. Activations U8 per tensor, weights S8 per output channel, biases S32."""
-    _Inserter(model, nodes, ranges, recipe).run()
+def insert_qdq(model: Any, nodes: Sequence[Any], ranges: Ranges, recipe: Recipe, channels: Channels) -> None:
+    """Quantize `nodes` of `model` in place. Activations U8, weights S8 per output channel, biases S32.
+
+    Activations have one scale; outputs named in `channels` one per channel, where that is worth it.
+    """
+    _Inserter(model, nodes, ranges, recipe, channels).run()
 
 
 def store_weights(model: Any, nodes: Sequence[Any], smallest: int) -> None:
@@ -70,15 +93,20 @@ def store_weights(model: Any, nodes: Sequence[Any], smallest: int) -> None:
 
     Activations and arithmetic stay float: a DequantizeLinear stands before each node.
     """
-    _Inserter(model, nodes, {}, Recipe()).store_weights(smallest)
+    _Inserter(model, nodes, {}, Recipe(), {}).store_weights(smallest)
 
 
 class _Inserter:
-    def __init__(self, model: Any, nodes: Sequence[Any], ranges: Ranges, recipe: Recipe) -> None:
+    def __init__(self, model: Any, nodes: Sequence[Any], ranges: Ranges, recipe: Recipe, channels: Channels) -> None:
         self.graph = model.graph
         self.recipe = recipe
         self.ranges = ranges
         self.chosen = {id(node) for node in nodes}
+        self.by_channel = {
+            name: scales
+            for name in outputs_by_channel(model, nodes)
+            if name in channels and (scales := channel_scales(*channels[name], ranges[name])) is not None
+        }
         self.initializers = {tensor.name: tensor for tensor in self.graph.initializer}
         self.scales: dict[str, np.ndarray] = {}  # quantized activation -> scale
         self.dequantized: dict[str, str] = {}  # tensor -> name of its dequantized form
@@ -100,14 +128,20 @@ class _Inserter:
             if source not in self.dequantized:
                 self.dequantized[source] = self._activation(source, f"{source}_dequantized")
             node.input[0] = self.dequantized[source]
-            weight_scale = self._weight(node)
+            output = node.output[0]
+            steps = self.by_channel.get(output)
+            weight_scale = self._weight(node, None if steps is None else steps[0])
+            if steps is not None:
+                self._shift_bias(node, *steps)
             if len(node.input) > 2 and node.input[2]:
                 self._bias(node, self.scales[source], weight_scale)
             self.nodes.append(node)
-            output = node.output[0]
             if output in quantized_outputs:
                 node.output[0] = f"{output}_float"
-                self._activation(output, output, source=node.output[0])
+                if steps is not None:
+                    self._codes(output, node.output[0], *steps)
+                else:
+                    self._activation(output, output, source=node.output[0])
                 self.dequantized[output] = output
         self._finish()
 
@@ -140,16 +174,48 @@ class _Inserter:
         )
         return result
 
-    def _weight(self, node: Any) -> np.ndarray:
-        """Point input 1 at a dequantized int8 constant; returns its scales."""
+    def _shift_bias(self, node: Any, step: np.ndarray, zero_point: np.ndarray) -> None:
+        """A convolution with weights in units of each channel's step then counts them from its zero point: it returns
+        the codes themselves."""
+        from onnx import numpy_helper
+
+        bias = np.zeros(step.shape, np.float32)
+        if len(node.input) > 2 and node.input[2]:
+            bias = numpy_helper.to_array(self.initializers[node.input[2]])
+        name = f"{node.output[0]}_bias_in_steps"
+        self.initializers[name] = numpy_helper.from_array((bias / step + zero_point).astype(np.float32), name)
+        del node.input[2:]
+        node.input.append(name)
+
+    def _codes(self, tensor: str, source: str, step: np.ndarray, zero_point: np.ndarray) -> None:
+        """source, in codes -> QuantizeLinear (rounds only) -> DequantizeLinear by channel -> tensor."""
+        from onnx import helper
+
+        one = [
+            self._constant("__one_scale", np.array(1, np.float32)),
+            self._constant("__one_zero_point", np.array(0, np.uint8)),
+        ]
+        names = [self._constant(f"{tensor}_scale", step), self._constant(f"{tensor}_zero_point", zero_point)]
+        self.nodes += [
+            helper.make_node("QuantizeLinear", [source, *one], [f"{tensor}_codes"], f"{tensor}_QuantizeLinear"),
+            helper.make_node(
+                "DequantizeLinear", [f"{tensor}_codes", *names], [tensor], f"{tensor}_DequantizeLinear", axis=1
+            ),
+        ]
+
+    def _weight(self, node: Any, steps: np.ndarray | None = None) -> np.ndarray:
+        """Point input 1 at a dequantized int8 constant; returns its scales. `steps`: in units of these, one per output
+        channel."""
         from onnx import helper, numpy_helper
 
         name, axis = node.input[1], _weight_axis(node)
-        result = f"{name}_dequantized_{axis}"
+        result = f"{name}_dequantized_{axis}" if steps is None else f"{name}_dequantized_{node.output[0]}"
         if f"{result}_scale" not in self.new_initializers:
             quantized, scale = quantize_weight(
                 numpy_helper.to_array(self.initializers[name]), axis, reduce_range=self.recipe.reduce_range
             )
+            if steps is not None:
+                scale = scale / steps
             inputs = [
                 self._constant(f"{result}_quantized", quantized),
                 self._constant(f"{result}_scale", scale),

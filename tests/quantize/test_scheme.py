@@ -5,10 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from ldm_deploy.quantize import scheme
 from ldm_deploy.quantize.observe import BINS
 from ldm_deploy.quantize.scheme import (
+    HEADROOM,
     RANGE_METHODS,
     activation_scale,
+    channel_scales,
     choose_range,
     quantize_bias,
     quantize_weight,
@@ -76,5 +79,45 @@ def test_constant_tensors_and_unused_histograms_are_left_alone(method: str) -> N
 
 
 def test_unknown_method_is_named() -> None:
-    with pytest.raises(ValueError, match="'entropy' is unknown; allowed: minmax, mse"):
-        choose_range(np.ones(8, np.int64), np.linspace(0, 1, 9), "entropy")
+    with pytest.raises(ValueError, match="'cosine' is unknown; allowed: minmax, mse"):
+        choose_range(np.ones(8, np.int64), np.linspace(0, 1, 9), "cosine")
+
+
+def reference_divergence(counts: np.ndarray, kept: int) -> float:
+    """Migacz's algorithm for a one-sided histogram, bin by bin: `kept` bins, `kept` a multiple of 256."""
+    true = counts[:kept].astype(float)
+    true[-1] += counts[kept:].sum()
+    rounded = np.zeros(kept)
+    width = kept // 256
+    for level in range(256):
+        bins = range(level * width, (level + 1) * width)
+        filled = [index for index in bins if counts[index] > 0]
+        for index in filled:
+            rounded[index] = sum(counts[other] for other in bins) / len(filled)
+    true, rounded = true / true.sum(), rounded / rounded.sum()
+    return sum(p * np.log(p / max(q, 1e-12)) for p, q in zip(true, rounded, strict=True) if p > 0)
+
+
+def test_entropy_is_the_divergence_of_migacz() -> None:
+    values = np.abs(np.random.default_rng(1).standard_normal(200_000)) ** 1.5
+    counts, edges = np.histogram(values, BINS, range=(0.0, float(values.max())))
+    centers = (edges[:-1] + edges[1:]) / 2
+    for kept in (512, 1024, 2048):
+        found = scheme._divergence(counts, centers, 0.0, float(edges[kept]))
+        assert found == pytest.approx(reference_divergence(counts, kept), rel=1e-6)
+    low, high = choose_range(counts, edges, "entropy")
+    costs = {kept: reference_divergence(counts, kept) for kept in range(512, 2049, 256)}
+    best = min(costs, key=lambda kept: costs[kept])
+    assert low == 0.0
+    assert edges[best - 256] <= high <= edges[min(best + 256, BINS)]
+
+
+def test_channels_of_different_size_get_scales_of_their_own() -> None:
+    low, high = -np.geomspace(0.1, 10, 16), np.geomspace(0.1, 10, 16)
+    found = channel_scales(low, high, (-10.0, 10.0))
+    assert found is not None
+    scale, zero_point = found
+    np.testing.assert_allclose(scale, HEADROOM * (high - low) / 255, rtol=1e-6)
+    assert (np.abs(zero_point.astype(int) - 128) <= 1).all()
+    assert channel_scales(low, high, (-4.0, 4.0)) is None
+    assert channel_scales(np.full(16, -1.0), np.full(16, 1.0), (-1.0, 1.0)) is None
