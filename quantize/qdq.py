@@ -1,4 +1,8 @@
-"""Insert QuantizeLinear / DequantizeLinear pairs into an ONNX graph: precision lives in the graph."""
+"""Insert QuantizeLinear / DequantizeLinear pairs into an ONNX graph: precision lives in the graph.
+
+A product with a bias behind it becomes the node that ONNX Runtime would make of its pairs, with the bias inside, which
+ONNX Runtime does not do by itself.
+"""
 
 from __future__ import annotations
 
@@ -98,7 +102,7 @@ def store_weights(model: Any, nodes: Sequence[Any], smallest: int) -> None:
 
 class _Inserter:
     def __init__(self, model: Any, nodes: Sequence[Any], ranges: Ranges, recipe: Recipe, channels: Channels) -> None:
-        self.graph = model.graph
+        self.model, self.graph = model, model.graph
         self.recipe = recipe
         self.ranges = ranges
         self.chosen = {id(node) for node in nodes}
@@ -120,13 +124,19 @@ class _Inserter:
             for node in self.graph.node
             if id(node) in self.chosen and node.op_type in self.recipe.quantize_outputs
         }
+        additions = self._bias_additions()
+        absorbed = {id(add) for add, _ in additions.values()}
         for node in self.graph.node:
             if id(node) not in self.chosen:
-                self.nodes.append(node)
+                if id(node) not in absorbed:
+                    self.nodes.append(node)
                 continue
             source = node.input[0]
             if source not in self.dequantized:
                 self.dequantized[source] = self._activation(source, f"{source}_dequantized")
+            if id(node) in additions:
+                self._product(node, *additions[id(node)])
+                continue
             node.input[0] = self.dequantized[source]
             output = node.output[0]
             steps = self.by_channel.get(output)
@@ -144,6 +154,41 @@ class _Inserter:
                     self._activation(output, output, source=node.output[0])
                 self.dequantized[output] = output
         self._finish()
+
+    def _bias_additions(self) -> dict[int, tuple[Any, str]]:
+        """Of each chosen product whose only reader adds a constant to each column: that node, and the constant."""
+        readers: dict[str, list[Any]] = {}
+        for node in self.graph.node:
+            for name in node.input:
+                readers.setdefault(name, []).append(node)
+        asked = {value.name for value in self.graph.output}
+        found = {}
+        for node in self.graph.node:
+            behind = readers.get(node.output[0], [])
+            if id(node) not in self.chosen or node.op_type != "MatMul" or node.output[0] in asked:
+                continue
+            if len(behind) != 1 or behind[0].op_type != "Add":
+                continue
+            other = next((name for name in behind[0].input if name != node.output[0]), "")
+            columns = self.initializers[node.input[1]].dims[1]
+            if other in self.initializers and list(self.initializers[other].dims) == [columns]:
+                found[id(node)] = behind[0], other
+        return found
+
+    def _product(self, node: Any, add: Any, bias: str) -> None:
+        """Product and addition as one node, from INT8 to float."""
+        from onnx import helper
+
+        source = node.input[0]
+        self._weight(node)
+        inputs = [
+            f"{source}_quantized", f"{node.input[1]}_quantized", f"{source}_scale", f"{node.input[1]}_scale",
+            f"{source}_zero_point", "", bias,
+        ]  # fmt: skip
+        made = helper.make_node("MatMulIntegerToFloat", inputs, [add.output[0]], name=node.name, domain="com.microsoft")
+        self.nodes.append(made)
+        if all(entry.domain != "com.microsoft" for entry in self.model.opset_import):
+            self.model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
 
     def store_weights(self, smallest: int) -> None:
         for node in self.graph.node:
@@ -249,10 +294,12 @@ class _Inserter:
         """Put nodes and constants in place; drop the float constants that nobody reads any more."""
         from ldm_deploy.onnx_graph import nodes_of
 
-        nodes = list(self.nodes)
         del self.graph.node[:]
-        self.graph.node.extend(nodes)
+        self.graph.node.extend(self.nodes)
         used = {name for node in nodes_of(self.graph) for name in node.input} | {out.name for out in self.graph.output}
+        needed = [node for node in self.nodes if node.op_type != "DequantizeLinear" or node.output[0] in used]
+        del self.graph.node[:]
+        self.graph.node.extend(needed)
         kept = [tensor for tensor in self.graph.initializer if tensor.name in used]
         del self.graph.initializer[:]
         self.graph.initializer.extend([*kept, *self.new_initializers.values()])

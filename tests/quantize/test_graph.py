@@ -158,6 +158,43 @@ def test_an_output_that_a_fused_kernel_reads_has_one_scale(
     assert error(tmp_path / "model.onnx", tmp_path / "q.onnx", samples[3]) < 0.1
 
 
+@pytest.mark.parametrize("read", ["by the addition alone", "by two", "outside", "by no constant"])
+def test_a_product_takes_the_bias_behind_it(
+    denoiser: Path, samples: list[Feeds], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: str
+) -> None:
+    model = load_model(denoiser)
+    bias = np.random.default_rng(0).standard_normal(16).astype(np.float32)
+    model.graph.initializer.append(numpy_helper.from_array(bias, "q.bias"))
+    nodes = list(model.graph.node)
+    place = next(index for index, node in enumerate(nodes) if node.name == "to_q")
+    nodes[place].output[0] = "product"
+    added = [onnx.helper.make_node("Add", ["q.bias", "product"], ["q"], "bias")]
+    if read == "by two":
+        added = [*added, onnx.helper.make_node("Identity", ["product"], ["again"], "again")]
+        model.graph.output.append(onnx.helper.make_tensor_value_info("again", onnx.TensorProto.FLOAT, None))
+    if read == "outside":
+        model.graph.output.append(onnx.helper.make_tensor_value_info("product", onnx.TensorProto.FLOAT, None))
+    if read == "by no constant":
+        added = [onnx.helper.make_node("Add", ["h5", "product"], ["q"], "bias")]
+    nodes[place + 1 : place + 1] = added
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    onnx.save(model, tmp_path / "model.onnx")
+    quantize_graph(tmp_path / "model.onnx", tmp_path / "q.onnx", samples, RECIPE, threads=1)
+    made = load_model(tmp_path / "q.onnx")
+    assert any(node.name == "bias" for node in made.graph.node) == (read != "by the addition alone")
+    assert {node.op_type: node.name for node in made.graph.node}.get("MatMulIntegerToFloat") == (
+        "to_q" if read == "by the addition alone" else None
+    )
+    assert precision_found(tmp_path / "q.onnx")["int8"] == 4
+    read_by = {name for node in made.graph.node for name in node.input} | {value.name for value in made.graph.output}
+    assert all(set(node.output) & read_by for node in made.graph.node)
+    # To the last bit what ONNX Runtime makes of Q/DQ pairs with the addition behind them.
+    monkeypatch.setattr("ldm_deploy.quantize.qdq._Inserter._bias_additions", lambda self: {})
+    quantize_graph(tmp_path / "model.onnx", tmp_path / "pairs.onnx", samples, RECIPE, threads=1)
+    np.testing.assert_array_equal(run(tmp_path / "q.onnx", samples[3]), run(tmp_path / "pairs.onnx", samples[3]))
+
+
 def with_output(path: Path, out: Path, name: str) -> Path:
     """The graph with the tensor `name` as its first output."""
     model = load_model(path)
