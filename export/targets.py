@@ -56,7 +56,7 @@ def _found_in_onnxruntime(engine: Any) -> dict[str, int]:
 def _to_openvino(traced: Traced, precision: str, stem: Path) -> Built:
     from ldm_deploy.export.to_openvino import to_openvino
 
-    return Built(to_openvino(traced.graph(precision), stem.with_name(f"{stem.name}.xml")))
+    return Built(to_openvino(traced.graph(precision), stem.with_name(f"{stem.name}.xml"), component=traced.component))
 
 
 def _to_tensorrt(traced: Traced, precision: str, stem: Path, words: Sequence[str] = ()) -> Built:

@@ -24,7 +24,7 @@ BF16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"
 def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("openvino") / "vae_decoder.onnx"
     path.write_bytes(tiny_models()["vae_decoder"].SerializeToString())
-    assert [file.suffix for file in to_openvino(path, path.with_suffix(".xml"))] == [".xml", ".bin"]
+    assert [file.suffix for file in to_openvino(path, path.with_suffix(".xml"), component="unet")] == [".xml", ".bin"]
     return path
 
 
@@ -100,7 +100,7 @@ def test_a_graph_with_quantized_nodes_is_int8_where_it_says_so(tmp_path: Path) -
     )  # fmt: skip
     path = tmp_path / "decoder.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), str(path))
-    to_openvino(path, path.with_suffix(".xml"))
+    to_openvino(path, path.with_suffix(".xml"), component="unet")
     engine = OpenVinoEngine(path.with_suffix(".xml"), precision="int8", threads=1)
     assert engine.precision_found() == {"fp32": 1, "int8": 1}
     expected = OnnxRuntimeEngine(path, threads=1).run(feeds(2))["image"]
@@ -142,7 +142,7 @@ def test_what_is_wrong_is_one_line(decoder: Path, tmp_path: Path, monkeypatch: p
         OpenVinoEngine(tmp_path / "x.xml")
     (tmp_path / "x.onnx").write_text("no graph")
     with pytest.raises(ExportError, match="x: OpenVINO cannot read the graph"):
-        to_openvino(tmp_path / "x.onnx", tmp_path / "y.xml")
+        to_openvino(tmp_path / "x.onnx", tmp_path / "y.xml", component="unet")
     monkeypatch.setattr(openvino.Core, "get_property", lambda self, device, name: ["FP32", "INT8"])
     with pytest.raises(EngineError, match=r"computes in bf16, which this CPU does not have \(it has FP32, INT8\)"):
         OpenVinoEngine(decoder.with_suffix(".xml"), precision="bf16")
