@@ -5,7 +5,7 @@
 Every row is the recipe `conv+matmul`, ranges by the extremes, with one thing changed. Error: ‖engine - fp32‖ / ‖fp32‖,
 root mean square over calibration samples that were held out. Images: PSNR in dB against those of the fp32 engine, mean
 and worst of 8 (4 prompts, 2 seeds, 20 steps). Methods that are not part of `quantize` are written out here, as changes
-of the fp32 graph that leave what it computes as it is: they say what could be had, not what it would cost in time. Four
+of the fp32 graph that leave what it computes as it is: they say what could be had, not what it would cost in time. Two
 minutes on two cores.
 """
 
