@@ -157,8 +157,10 @@ class _Inserter:
 
     def _bias_additions(self) -> dict[int, tuple[Any, str]]:
         """Of each chosen product whose only reader adds a constant to each column: that node, and the constant."""
+        from ldm_deploy.onnx_graph import nodes_of
+
         readers: dict[str, list[Any]] = {}
-        for node in self.graph.node:
+        for node in nodes_of(self.graph):
             for name in node.input:
                 readers.setdefault(name, []).append(node)
         asked = {value.name for value in self.graph.output}
