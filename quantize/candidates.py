@@ -176,7 +176,7 @@ def build_candidates(
         milder = None if parity.passed else kit.milder(chosen)
         if milder is not None:
             better = judge_parity(kit, path, milder, probes, limit)
-            if better[0].passed:
+            if better[0].passed or (kit.spares_milder and better[0].relative_error < parity.relative_error):
                 chosen, parity, found = milder, *better
         if not parity.passed:
             trial = folder / f"spared{kit.suffix}"

@@ -35,6 +35,7 @@ class Kit(Protocol):
     suffix: str  # of the file that the runtime opens
     recipes: Mapping[str, AnyRecipe]  # from most to least INT8
     threads: int | None
+    spares_milder: bool  # a milder recipe that errs too much, too, is the one that layers are spared of
 
     def calibrate(self, observed: Samples, held_out: Samples, folder: Path) -> None:
         """Observe activations on `observed`; choose on `held_out` what is not a matter of speed."""
@@ -43,7 +44,7 @@ class Kit(Protocol):
         """The recipe with what `calibrate` chose."""
 
     def milder(self, recipe: AnyRecipe) -> AnyRecipe | None:
-        """The same layers in INT8 and all others finer: what is tried first where a recipe errs too much."""
+        """The same layers in INT8, and all else finer: what is tried first where a recipe errs too much."""
 
     def layers(self, recipe: AnyRecipe) -> list[LayerInfo]:
         """What the recipe brings to INT8, in the order of the graph."""

@@ -61,6 +61,7 @@ class OpenVinoKit:
     runtime = "openvino"
     title = "OpenVINO"
     suffix = ".xml"
+    spares_milder = False  # fp32 for the rest takes longer than a few layers more in bf16
 
     def __init__(
         self,

@@ -26,6 +26,7 @@ class Recipe:
     op_types: tuple[str, ...] = ("Conv", "MatMul")
     min_channels: int = 8  # a convolution with fewer in- or output channels (the first, the last) stays float
     quantize_outputs: tuple[str, ...] = ("Conv",)  # ops whose INT8 kernel can only write INT8
+    by_channel: bool = False  # outputs of convolutions with a scale per channel, where `channel_scales` has them
     range_method: str = "minmax"  # one of RANGE_METHODS
     keep_float: tuple[str, ...] = ()  # names of nodes that are not quantized
     reduce_range: bool = False  # 7-bit weights: without VNNI the 8-bit products saturate in 16-bit sums

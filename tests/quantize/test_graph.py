@@ -72,10 +72,10 @@ def test_no_attention_product_is_quantized(quantized: Path) -> None:
 
 def test_weights_have_one_scale_per_output_channel(quantized: Path) -> None:
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in load_model(quantized).graph.initializer}
-    axes = {"q.weight": (1, 1), "k.weight": (1, 1), "v.weight": (1, 1), "middle.weight": (0, "h3")}
-    for name, (axis, ending) in axes.items():
-        stored = constants[f"{name}_dequantized_{ending}_quantized"]
-        scale = constants[f"{name}_dequantized_{ending}_scale"]
+    axes = {"middle.weight": 0, "q.weight": 1, "k.weight": 1, "v.weight": 1}
+    for name, axis in axes.items():
+        stored = constants[f"{name}_dequantized_{axis}_quantized"]
+        scale = constants[f"{name}_dequantized_{axis}_scale"]
         assert stored.dtype == np.int8
         assert scale.shape == (stored.shape[axis],)
         assert name not in constants  # the float copy is gone
@@ -106,17 +106,16 @@ def test_every_range_method_gives_a_usable_graph(
 
 
 def test_an_output_with_channels_of_different_size_is_rounded_by_channel(
-    denoiser: Path, samples: list[Feeds], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    denoiser: Path, samples: list[Feeds], tmp_path: Path
 ) -> None:
     """`middle` has weights from 0.05 to 5, and still runs as QLinearConv."""
-    recipe = replace(RECIPE, op_types=("Conv",))
+    recipe = replace(RECIPE, op_types=("Conv",), by_channel=True)
     quantize_graph(denoiser, tmp_path / "channels.onnx", samples, recipe, threads=1)
     constants = {t.name: numpy_helper.to_array(t) for t in load_model(tmp_path / "channels.onnx").graph.initializer}
     assert constants["h3_scale"].shape == constants["h3_zero_point"].shape == (16,)
     assert constants["h3_scale"].max() > 20 * constants["h3_scale"].min()
     assert precision_found(tmp_path / "channels.onnx")["int8"] == 1
-    monkeypatch.setattr("ldm_deploy.quantize.scheme.LEAST_GAIN", np.inf)
-    quantize_graph(denoiser, tmp_path / "single.onnx", samples, recipe, threads=1)
+    quantize_graph(denoiser, tmp_path / "single.onnx", samples, replace(recipe, by_channel=False), threads=1)
     assert error(denoiser, tmp_path / "channels.onnx", samples[3]) < error(
         denoiser, tmp_path / "single.onnx", samples[3]
     )
@@ -151,7 +150,11 @@ def test_an_output_that_a_fused_kernel_reads_has_one_scale(
     model.graph.node.extend(nodes)
     onnx.save(model, tmp_path / "model.onnx")
     quantize_graph(
-        tmp_path / "model.onnx", tmp_path / "q.onnx", samples, replace(RECIPE, op_types=("Conv",)), threads=1
+        tmp_path / "model.onnx",
+        tmp_path / "q.onnx",
+        samples,
+        replace(RECIPE, op_types=("Conv",), by_channel=True),
+        threads=1,
     )
     constants = {t.name: numpy_helper.to_array(t) for t in load_model(tmp_path / "q.onnx").graph.initializer}
     assert constants["h3_scale"].shape == ((16,) if reader == "Add" else ())

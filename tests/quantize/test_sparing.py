@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,13 +16,14 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from ldm_deploy.eval.budget import Limits
-from ldm_deploy.eval.parity import Probe
+from ldm_deploy.eval.parity import Probe, compare_outputs
 from ldm_deploy.onnx_graph import load_model
 from ldm_deploy.quantize.calibration import Samples
-from ldm_deploy.quantize.candidates import Candidate, _best
+from ldm_deploy.quantize.candidates import Candidate, _best, build_candidates
 from ldm_deploy.quantize.kit import LayerInfo
 from ldm_deploy.quantize.onnxruntime_cpu import RECIPES, OnnxRuntimeKit
 from ldm_deploy.quantize.qdq import select_nodes
+from ldm_deploy.quantize.scheme import Recipe
 from ldm_deploy.quantize.sizes import size_limit
 from ldm_deploy.quantize.sparing import fewest, hopeless, ranking, spare
 from ldm_deploy.runtime.engines import OnnxRuntimeEngine
@@ -221,3 +223,29 @@ def test_the_largest_component_may_have_what_the_others_saved(size_max, decoder,
     assert first == (math.inf if decoder is None else pytest.approx(decoder))
     last = size_limit(limits, {**sizes, "vae_decoder": 50}, 1200, ["unet"])
     assert last == (math.inf if unet is None else pytest.approx(unet))
+
+
+def test_outputs_are_rounded_by_channel_before_layers_are_spared(
+    denoiser: Path, samples: list[dict[str, np.ndarray]], tmp_path: Path
+) -> None:
+    """Where one scale errs too much; and if both do, it is the finer one that layers are spared of."""
+    engine = OnnxRuntimeEngine(denoiser, threads=1)
+    probes = [Probe(feeds, engine.run(feeds)) for feeds in samples]
+    kit = OnnxRuntimeKit(denoiser, recipes={"conv+matmul": Recipe()}, threads=1)
+    arrays = {name: np.concatenate([feeds[name] for feeds in samples]) for name in samples[0]}
+    kit.calibrate(Samples(arrays), Samples(arrays), tmp_path)
+    errors = {}
+    for by_channel in (False, True):
+        kit.build(tmp_path / "trial.onnx", replace(kit.settle(Recipe()), by_channel=by_channel))
+        errors[by_channel] = compare_outputs(OnnxRuntimeEngine(tmp_path / "trial.onnx"), probes, 1.0).relative_error
+    assert errors[True] < errors[False]
+    for limit, by_channel, spared in (
+        (1.01 * errors[False], False, False),
+        ((errors[True] + errors[False]) / 2, True, False),
+        (0.9 * errors[True], True, True),
+    ):
+        (candidate,) = build_candidates("unet", kit, tmp_path / "made", probes, limit, {})
+        assert isinstance(candidate.recipe, Recipe)
+        assert candidate.recipe.by_channel == by_channel
+        assert bool(candidate.recipe.keep_float) == spared
+        assert candidate.parity.passed
