@@ -15,8 +15,8 @@ from ldm_deploy.quantize.scheme import Recipe, activation_scale, channel_scales,
 
 Ranges = Mapping[str, tuple[float, float]]  # tensor name -> interval to represent
 Channels = Mapping[str, tuple[np.ndarray, np.ndarray]]  # tensor name -> smallest and largest value of each channel
-# What may read a convolution's output that has a scale per channel. ONNX Runtime fuses others with their quantized
-# neighbours (Sigmoid, pooling), and the fused ones know one scale only.
+# What may read a convolution's output that has a scale per channel. Others are INT8 kernels themselves (convolutions),
+# or fused with their quantized neighbours (Sigmoid, pooling), and these know one scale only.
 PER_CHANNEL_READERS = (
     "Add", "Concat", "InstanceNormalization", "Mul", "Reshape", "Resize", "Shape", "Split", "Sub", "Transpose",
 )  # fmt: skip
@@ -66,8 +66,6 @@ def outputs_by_channel(model: Any, nodes: Sequence[Any]) -> dict[str, int]:
     """Outputs of convolutions among `nodes` that may have a scale per channel, with their rank: name -> axes."""
     ranks = {tensor.name: len(tensor.dims) for tensor in model.graph.initializer}
     found = {node.output[0]: ranks[node.input[1]] for node in nodes if node.op_type == "Conv"}
-    for node in nodes:
-        found.pop(node.input[0], None)  # its INT8 kernel reads the same 8 bits, with one scale
     for node in model.graph.node:
         for name in node.input if node.op_type not in PER_CHANNEL_READERS else ():
             found.pop(name, None)
