@@ -65,7 +65,11 @@ def tensors_to_observe(nodes: Sequence[Any], recipe: Recipe) -> list[str]:
 def outputs_by_channel(model: Any, nodes: Sequence[Any]) -> dict[str, int]:
     """Outputs of convolutions among `nodes` that may have a scale per channel, with their rank: name -> axes."""
     ranks = {tensor.name: len(tensor.dims) for tensor in model.graph.initializer}
-    found = {node.output[0]: ranks[node.input[1]] for node in nodes if node.op_type == "Conv"}
+    found = {
+        node.output[0]: ranks[node.input[1]]
+        for node in nodes
+        if node.op_type == "Conv" and all(not bias or bias in ranks for bias in node.input[2:])
+    }
     for node in model.graph.node:
         for name in node.input if node.op_type not in PER_CHANNEL_READERS else ():
             found.pop(name, None)

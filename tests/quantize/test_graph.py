@@ -130,6 +130,17 @@ def test_an_output_with_channels_of_different_size_is_rounded_by_channel(
     assert after.max() < 0.03 < 0.06 < before.max()
 
 
+def test_a_bias_that_is_computed_stays_as_it_is(denoiser: Path, samples: list[Feeds], tmp_path: Path) -> None:
+    model = load_model(denoiser)
+    bias = next(tensor for tensor in model.graph.initializer if tensor.name == "middle.bias")
+    bias.name = "middle.half"
+    model.graph.node.insert(0, onnx.helper.make_node("Add", ["middle.half", "middle.half"], ["middle.bias"], "double"))
+    onnx.save(model, tmp_path / "model.onnx")
+    recipe = replace(RECIPE, op_types=("Conv",), by_channel=True)
+    quantize_graph(tmp_path / "model.onnx", tmp_path / "q.onnx", samples, recipe, threads=1)
+    assert error(tmp_path / "model.onnx", tmp_path / "q.onnx", samples[3]) < 0.1
+
+
 @pytest.mark.parametrize("reader", ["Sigmoid", "LeakyRelu", "GlobalAveragePool", "Add"])
 def test_an_output_that_a_fused_kernel_reads_has_one_scale(
     denoiser: Path, samples: list[Feeds], tmp_path: Path, reader: str
