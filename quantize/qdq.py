@@ -166,12 +166,13 @@ class _Inserter:
             for name in node.input:
                 readers.setdefault(name, []).append(node)
         asked = {value.name for value in self.graph.output}
+        own = {name for node in self.graph.node for name in node.output}  # not of a subgraph
         found = {}
         for node in self.graph.node:
             behind = readers.get(node.output[0], [])
             if id(node) not in self.chosen or node.op_type != "MatMul" or node.output[0] in asked:
                 continue
-            if len(behind) != 1 or behind[0].op_type != "Add":
+            if len(behind) != 1 or behind[0].op_type != "Add" or behind[0].output[0] not in own:
                 continue
             other = next((name for name in behind[0].input if name != node.output[0]), "")
             columns = self.initializers[node.input[1]].dims[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 
@@ -20,16 +21,22 @@ def only_user(value: ir.Value, kind: str) -> ir.Node | None:
     return users[0] if alone and users[0].op_type == kind else None
 
 
+def array(value: ir.Value | None) -> np.ndarray | None:
+    """Of a constant; None for anything else."""
+    constant = ir.convenience.get_const_tensor(value) if value is not None else None
+    return None if constant is None else constant.numpy()
+
+
 def number(value: ir.Value | None) -> Any:
     """Of a constant with one element; None for anything else."""
-    constant = ir.convenience.get_const_tensor(value) if value is not None else None
-    return constant.numpy().item() if constant is not None and constant.size == 1 else None
+    constant = array(value)
+    return constant.item() if constant is not None and constant.size == 1 else None
 
 
 def number_list(value: ir.Value | None) -> list[Any] | None:
     """Of a constant with one axis; None for anything else."""
-    constant = ir.convenience.get_const_tensor(value) if value is not None else None
-    return constant.numpy().tolist() if constant is not None and len(constant.shape) == 1 else None
+    constant = array(value)
+    return constant.tolist() if constant is not None and constant.ndim == 1 else None
 
 
 def remove_unused(model: ir.Model) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
-from ldm_deploy.export.passes.match import only_user, producer, remove_unused
+from ldm_deploy.export.passes.match import array, only_user, producer, remove_unused
 
 
 def norm_by_channel(model: ir.Model) -> int:
@@ -43,7 +43,7 @@ def _rewrite(model: ir.Model, norm: ir.Node) -> bool:
         return False
     x = grouped.inputs[0]
     scale, shift = _constant_of(scaled), _constant_of(shifted)
-    ones, zeros = _array(norm.inputs[1]), _array(norm.inputs[2])
+    ones, zeros = array(norm.inputs[1]), array(norm.inputs[2])
     if x is None or x.shape is None or len(x.shape) != 4 or scale is None or shift is None or ones is None:
         return False
     channels, groups = scale.size, ones.size
@@ -78,12 +78,7 @@ def _rewrite(model: ir.Model, norm: ir.Node) -> bool:
 
 def _constant_of(node: ir.Node) -> np.ndarray | None:
     """The constant among its two inputs."""
-    return next((array for value in node.inputs if (array := _array(value)) is not None), None)
-
-
-def _array(value: ir.Value | None) -> np.ndarray | None:
-    tensor = ir.convenience.get_const_tensor(value) if value is not None else None
-    return None if tensor is None else tensor.numpy()
+    return next((found for value in node.inputs if (found := array(value)) is not None), None)
 
 
 class _Writer:
@@ -105,8 +100,8 @@ class _Writer:
         self.place.graph.insert_before(self.place, node)
         return node.outputs[0]
 
-    def _constant(self, name: str, array: np.ndarray) -> ir.Value:
-        tensor = ir.tensor(array, name=name)
-        value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    def _constant(self, name: str, values: np.ndarray) -> ir.Value:
+        tensor = ir.tensor(values, name=name)
+        value = ir.Value(name=name, shape=ir.Shape(values.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
         self.model.graph.register_initializer(value)
         return value
